@@ -1,0 +1,16 @@
+"""dyvte: multimodal LLMs that answer faster by letting visual tokens leave when they are no longer needed."""
+
+from dyvte.policies import ExitPolicy, FixedExit, LearnedExit, NeverExit, RandomExit
+from dyvte.withdrawal import VisualExit, attach, visual_exit
+
+__all__ = [
+    "ExitPolicy",
+    "FixedExit",
+    "LearnedExit",
+    "NeverExit",
+    "RandomExit",
+    "VisualExit",
+    "attach",
+    "visual_exit",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,125 @@
+"""Who decides from which layer on a sample runs without its visual tokens.
+
+A policy overrides one of two methods: ``plan``, if it knows the exit layers before the model runs, or ``leaves``, if
+it looks at the text state after every layer. Both count exit layers as the whole package does: ``e`` is the number of
+layers that see the visual tokens, 1 ... L, and ``e = L`` means that they never leave.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from dyvte.heads import ExitHeads
+
+
+class ExitPolicy:
+    """Base class: a policy that never exits."""
+
+    def check(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
+        """Raises ``ValueError`` if the policy does not fit a decoder of this depth and width."""
+
+    def plan(self, batch_size: int, num_layers: int) -> torch.Tensor | None:
+        """The exit layer of each sample, long [batch_size], or None to be asked after every layer."""
+        return torch.full((batch_size,), num_layers)
+
+    def leaves(self, layer: int, state: torch.Tensor) -> torch.Tensor:
+        """Whether the samples leave at exit layer ``layer``, given their text state after as many layers.
+
+        Args:
+            layer: the exit layer under decision, 1 ... L - 1.
+            state: float32 [n, 2 * hidden size]; only samples that have not left yet.
+
+        Returns:
+            bool [n]
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines neither plan() nor leaves()")
+
+
+class NeverExit(ExitPolicy):
+    """The dense model: visual tokens stay to the end."""
+
+
+class FixedExit(ExitPolicy):
+    """The same exit layer for every sample, or one for each sample of the batch, known in advance.
+
+    Args:
+        layer: an exit layer, 1 ... L, or one per sample.
+    """
+
+    def __init__(self, layer: int | list[int] | torch.Tensor):
+        if isinstance(layer, bool) or not isinstance(layer, (int, list, tuple, torch.Tensor)):
+            raise TypeError(f"layer must be an int or one int per sample, not {type(layer).__name__}")
+        self.layer = layer if isinstance(layer, int) else torch.as_tensor(layer)
+        if not isinstance(self.layer, int) and (self.layer.ndim != 1 or self.layer.is_floating_point()):
+            raise TypeError("layer must be an int or a flat list of ints, one per sample of the batch")
+
+    def check(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
+        layers = torch.as_tensor(self.layer).flatten()
+        if len(layers) == 0 or layers.min() < 1 or layers.max() > num_layers:
+            raise ValueError(
+                f"exit layer {self.layer} is outside 1 ... {num_layers}: choose how many of the {num_layers} decoder "
+                f"layers see the visual tokens ({num_layers} = never exit)"
+            )
+
+    def plan(self, batch_size: int, num_layers: int) -> torch.Tensor:
+        if isinstance(self.layer, int):
+            return torch.full((batch_size,), self.layer)
+        if len(self.layer) != batch_size:
+            raise ValueError(
+                f"FixedExit holds {len(self.layer)} exit layers but the batch has {batch_size} rows (beams and "
+                "num_return_sequences multiply rows): give one exit layer per row, or a single int"
+            )
+        return self.layer.long().cpu()
+
+
+class RandomExit(ExitPolicy):
+    """Leaves after every layer with probability ``p``: the baseline any learned policy must beat.
+
+    Draws come from a generator of its own, so a seed gives the same exits whatever else is drawn.
+    """
+
+    def __init__(self, p: float, seed: int = 0):
+        if not 0 <= p <= 1:
+            raise ValueError(f"p must lie in 0 ... 1, not {p}")
+        self.p = p
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def plan(self, batch_size: int, num_layers: int) -> torch.Tensor:
+        draws = torch.rand(batch_size, max(num_layers - 1, 1), generator=self.generator) < self.p
+        first = draws.int().argmax(1) + 1
+        return torch.where(draws.any(1), first, num_layers)
+
+
+class LearnedExit(ExitPolicy):
+    """Exit heads decide: a sample leaves at the first layer where they believe in agreement more than ``threshold``.
+
+    Args:
+        heads: trained :class:`~dyvte.ExitHeads` for this model.
+        threshold: probability in (0, 1] that must be exceeded; 1 never exits. Default: the heads' own.
+        min_layer: the smallest exit layer considered.
+    """
+
+    def __init__(self, heads: ExitHeads, threshold: float | None = None, min_layer: int = 1):
+        threshold = heads.config.threshold if threshold is None else threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
+            raise ValueError(f"threshold must lie in (0, 1], not {threshold}: 1 never exits, small values exit early")
+        if isinstance(min_layer, bool) or not isinstance(min_layer, int) or min_layer < 1:
+            raise ValueError(f"min_layer must be an exit layer, 1 or more, not {min_layer}")
+        self.heads, self.threshold, self.min_layer = heads.eval(), float(threshold), min_layer
+
+    def check(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
+        self.heads.check_fits(num_layers, hidden_size, name_or_path)
+        if self.min_layer > num_layers:
+            raise ValueError(f"min_layer {self.min_layer} is beyond the model's {num_layers} layers: choose less")
+
+    def plan(self, batch_size: int, num_layers: int) -> None:
+        return None
+
+    @torch.no_grad()
+    def leaves(self, layer: int, state: torch.Tensor) -> torch.Tensor:
+        if layer < self.min_layer:
+            return torch.zeros(len(state), dtype=torch.bool, device=state.device)
+        return self.heads.confident(state, layer, self.threshold)

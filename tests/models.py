@@ -1,0 +1,141 @@
+"""Tiny random models, prompts for them, and the definition of an exit that everything is checked against."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+IMAGE_ID = 90
+PATCHES = 16
+LAYERS = 6
+
+
+def llama_config(**changes) -> LlamaConfig:
+    sizes = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.2,  # far from uniform attention, so that a wrong mask shows
+    }
+    return LlamaConfig(**sizes | changes)
+
+
+def tiny_llava(attention: str = "sdpa", seed: int = 0) -> LlavaForConditionalGeneration:
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+        projection_dim=16,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=llama_config(), image_token_index=IMAGE_ID, image_seq_length=PATCHES
+    )
+    config._attn_implementation = attention
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None  # answers of full length
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def tiny_llama(attention: str = "sdpa", seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = llama_config()
+    config._attn_implementation = attention
+    return LlamaForCausalLM(config).eval()
+
+
+def prompt(before: int, after: int, images: int = 1, seed: int = 0) -> list[int]:
+    """Text, images (a text token between two of them), text."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(3, 80, (before + after + images,), generator=generator).tolist()
+    ids = text[:before]
+    for image in range(images):
+        ids += [IMAGE_ID] * PATCHES
+        if image < images - 1:
+            ids.append(text[before + after + image])
+    return ids + text[before : before + after]
+
+
+def batch_of(*prompts: list[int], side: str = "left", seed: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs of a LLaVA: padded ids, their mask, and the pixels of every image."""
+    length = max(map(len, prompts))
+    pads = [[0] * (length - len(ids)) for ids in prompts]
+    ids = [pad + p if side == "left" else p + pad for p, pad in zip(prompts, pads)]
+    ones = [[1] * len(p) for p in prompts]
+    mask = [pad + one if side == "left" else one + pad for one, pad in zip(ones, pads)]
+    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    images = int((inputs["input_ids"] == IMAGE_ID).sum()) // PATCHES
+    if images:
+        generator = torch.Generator().manual_seed(seed)
+        inputs["pixel_values"] = torch.randn(images, 3, 16, 16, generator=generator)
+    return inputs
+
+
+@contextmanager
+def masked_visual_columns(model, visual: torch.Tensor, exits: torch.Tensor):
+    """The definition of an exit: from layer e on, no text query sees a visual key. Nothing is dropped.
+
+    Works on prompts and on whole sequences (``use_cache=False``) of an eager model.
+
+    Args:
+        visual: bool [batch, sequence].
+        exits: long [batch].
+    """
+
+    def hook(index):
+        def before(module, args, kwargs):
+            mask = kwargs["attention_mask"]
+            assert mask is not None and mask.ndim == 4, "the definition needs an eager model"
+            batch, length = len(exits), mask.shape[-1]
+            hidden_key = torch.zeros(batch, length, dtype=torch.bool)
+            hidden_key[:, : visual.shape[1]] = visual & (exits <= index)[:, None]
+            query = torch.ones(batch, length, dtype=torch.bool)
+            query[:, : visual.shape[1]] = ~visual
+            blocked = (query[:, :, None] & hidden_key[:, None, :])[:, None]
+            mask = mask.expand(batch, -1, -1, -1).masked_fill(blocked, torch.finfo(mask.dtype).min)
+            return args, kwargs | {"attention_mask": mask}
+
+        return before
+
+    layers = model.get_decoder().layers
+    hooks = [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+@torch.no_grad()
+def greedy_by_definition(model, inputs: dict, visual: torch.Tensor, exits: torch.Tensor, steps: int):
+    """Greedy tokens and their logits under the definition, without a cache: ids [batch, steps], logits per step."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    chosen, logits = [], []
+    with masked_visual_columns(model, visual, exits):
+        for _ in range(steps):
+            position = (mask.cumsum(1) - 1).clamp(min=0)
+            out = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False, **rest).logits
+            logits.append(out[:, -1])
+            chosen.append(out[:, -1].argmax(-1))
+            ids = torch.cat([ids, chosen[-1][:, None]], 1)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return torch.stack(chosen, 1), logits
