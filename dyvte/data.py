@@ -213,7 +213,8 @@ class TableSamples(Source):
         columns = config.get("columns")
         if not isinstance(columns, Mapping) or "question" not in columns:
             raise ValueError(
-                "`columns` must map image, question, answers, choices, id, kind to columns, question at least"
+                "`columns` must say which column is the question: a mapping of image, question, answers, choices, id, "
+                f"kind to columns, not {columns!r}"
             )
         self.columns = {name: column for name, column in columns.items() if column is not None}
         self.folder = Path(str(config["path"]))
@@ -224,7 +225,9 @@ class TableSamples(Source):
         self.optional = dict(config.get("optional") or {})
         _fields_of(self.prompt, {*self.columns, "question", "choices"})
         for name, text in self.optional.items():
-            _fields_of(text, {*self.columns, name})
+            if name not in self.columns:
+                raise ValueError(f"`optional` has {name!r}, which no column fills: add it to `columns`")
+            _fields_of(text, set(self.columns))
         self._select(config)
         self.ids = self._unique_ids()
         self._join_images(config)
@@ -237,9 +240,8 @@ class TableSamples(Source):
         choices = self._choices(row)
         fields = {name: _text(self._value(row, name)) for name in self.columns if name not in ("image", "choices")}
         fields["choices"] = "\n".join(f"{chr(65 + i)}. {choice}" for i, choice in enumerate(choices) if choice)
-        fields |= {
-            n: text.format_map(fields) if fields.get(n) not in EMPTY else "" for n, text in self.optional.items()
-        }
+        for name, text in self.optional.items():
+            fields[name] = text.format_map(fields) if fields[name] else ""
         return Sample(
             id=self.ids[index],
             images=self._images(row),
@@ -251,7 +253,8 @@ class TableSamples(Source):
 
     def _select(self, config: Mapping[str, Any]) -> None:
         for column, allowed in (config.get("where") or {}).items():
-            _check_columns(self.table, column)
+            if column not in self.table.column_names:
+                raise ValueError(f"no column {column!r} to choose by: there are {', '.join(self.table.column_names)}")
             allowed = allowed if isinstance(allowed, list) else [allowed]
             values = list(self.table[column])
             self.table = self.table.select([i for i, value in enumerate(values) if value in allowed])
@@ -336,7 +339,7 @@ def _load(config: Mapping[str, Any], name: str | None, split: str | None) -> dat
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             table = datasets.load_from_disk(str(path))
         else:
-            table = datasets.load_dataset(str(path), name, revision=config.get("revision"))
+            table = datasets.load_dataset(str(path), name, split=split, revision=config.get("revision"))
     except Exception as error:  # the library raises a dozen kinds, all of which mean a wrong source
         raise ValueError(
             f"cannot load {path} (configuration {name!r}): {error}. Give the id of a data set on the hub or a folder "
