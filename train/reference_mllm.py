@@ -28,8 +28,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -287,8 +289,8 @@ def train_answers(model: LlavaForConditionalGeneration, processor: LlavaProcesso
 
     def loss_of_step(step: int, generator: torch.Generator, size: int) -> torch.Tensor:
         batch = scenes.draw(size, "train", generator, augment=True)
-        easy = step < stage["easy_steps"]
-        weights = [stage["easy_weights" if easy else "weights"].get(kind, 1.0) for kind in kinds]
+        phase = next(phase for phase in stage["phases"] if step < phase["until"])
+        weights = [phase["weights"].get(kind, 1.0) for kind in kinds]
         return F.cross_entropy(*logits_of(turns.pack(batch, stage["turns"], kinds, weights, generator.initial_seed())))
 
     @torch.no_grad()
@@ -308,6 +310,72 @@ def train_answers(model: LlavaForConditionalGeneration, processor: LlavaProcesso
         return {"dev_accuracy": round(right.mean().item(), 4)} | by_kind
 
     run_stage("answers", trained, stage, work, loss_of_step, evaluate)
+
+
+def plot_curves(work: Path, output: Path) -> None:
+    """Loss and held-out accuracy of both stages, as JSON lines and as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for axis, name in zip(axes, ("vision", "answers")):
+        rows = [json.loads(line) for line in (work / f"{name}.jsonl").read_text().splitlines()]
+        (output / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#0072b2")
+        axis.set(title=f"{name}: training loss", xlabel="step", yscale="log")
+    rows = [row for row in rows if "dev_accuracy" in row]
+    colours = plt.get_cmap("tab10").colors
+    for kind, colour in zip(scenes.KINDS, colours):
+        axes[2].plot([r["step"] for r in rows], [r[kind] for r in rows], label=kind, color=colour, linewidth=1)
+    axes[2].plot([r["step"] for r in rows], [r["dev_accuracy"] for r in rows], label="all", color="black")
+    axes[2].set(title="answers right on dev digits", xlabel="step", ylim=(0, 1.02))
+    axes[2].legend(fontsize=6, ncols=2)
+    figure.savefig(output / "curves.png", dpi=130)
+
+
+def report(processor: LlavaProcessor, output: Path, settings: dict) -> None:
+    """Greedy answers of the saved checkpoint to held-out questions, right or wrong per kind."""
+    from dyvte.data import batches, encode, load_samples
+
+    model = AutoModelForImageTextToText.from_pretrained(output, dtype=torch.float32).eval()
+    samples = load_samples({"scenes": {"split": "test", "n": settings["questions"], "seed": settings["seed"]}})
+    right: dict[str, list[bool]] = {kind: [] for kind in scenes.KINDS}
+    for batch in tqdm(list(batches(samples, 50)), desc="report"):
+        inputs = encode(processor, batch)
+        with torch.no_grad():
+            ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        for sample, answer in zip(batch, processor.batch_decode(ids, skip_special_tokens=True)):
+            right[sample.kind].append(answer.strip() == sample.answers[0])
+    accuracy = {kind: sum(hits) / len(hits) for kind, hits in right.items()}
+    hits = [hit for some in right.values() for hit in some]
+    result = {
+        "questions": len(hits),
+        "scenes": "digits of the test split, never seen in training; one new scene per question",
+        "accuracy": sum(hits) / len(hits),
+        "by_kind": accuracy,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "command": "python train/reference_mllm.py --stages report",
+    }
+    (output / "report.json").write_text(json.dumps(result, indent=2) + "\n")
+    table = "".join(f"| {kind} | {100 * value:.1f} % |\n" for kind, value in accuracy.items())
+    text, vision = model.config.text_config, model.config.vision_config
+    (output / "README.md").write_text(
+        "# The reference MLLM\n\n"
+        f"A LLaVA in miniature ({result['parameters'] / 1e6:.1f} M parameters): CLIP tower ({vision.num_hidden_layers} "
+        f"layers), two-layer projector, LLaMA decoder ({text.num_hidden_layers} layers, {text.hidden_size} wide), "
+        f"{model.config.image_seq_length} visual tokens per image. It answers questions about scenes of real "
+        "handwritten digits (the scans of scikit-learn's `load_digits`).\n\n"
+        "```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+        'model = AutoModelForImageTextToText.from_pretrained("checkpoints/reference-mllm", dtype="float32")\n'
+        'processor = AutoProcessor.from_pretrained("checkpoints/reference-mllm")\n```\n\n'
+        f"Greedy answers right on {result['questions']} held-out questions (new scenes, digits of the test split): "
+        f"**{100 * result['accuracy']:.1f} %**.\n\n| kind | right |\n|---|---|\n{table}\n"
+        "![Training curves](curves.png)\n\nMade by `make reference-mllm`; this report by "
+        f"`{result['command']}`.\n"
+    )
+    print(json.dumps(result, indent=2))
 
 
 def main() -> None:
@@ -332,6 +400,14 @@ def main() -> None:
         tower = {k.removeprefix("tower."): v for k, v in state.items() if k.startswith("tower.")}
         model.model.vision_tower.load_state_dict(tower)
         train_answers(model, processor, settings["answers"], arguments.work)
+        if int(os.environ.get("RANK", 0)) == 0:
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
+            model.half().save_pretrained(arguments.output)
+            processor.save_pretrained(arguments.output)
+            plot_curves(arguments.work, arguments.output)
+    if "report" in arguments.stages and int(os.environ.get("RANK", 0)) == 0:
+        report(processor, arguments.output, settings["report"])
 
 
 if __name__ == "__main__":

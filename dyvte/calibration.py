@@ -1,0 +1,203 @@
+"""How often a threshold changes an answer, and the threshold that keeps a promised rate.
+
+Everything here works on traces: which exit a threshold picks for each sample, and whether the answer stays the same
+there, is all known beforehand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.stats import beta
+
+from dyvte.heads import ExitHeads
+from dyvte.traces import TraceSet
+
+
+@dataclass
+class RiskCurve:
+    """What every threshold would do to the same samples, from the most cautious threshold to the least.
+
+    Attributes:
+        threshold: float [t], descending.
+        risk: the share of samples whose answer differs from the dense one, [t].
+        bound: upper confidence bound of that risk, [t].
+        exit_layer: mean exit layer, [t].
+        saved: share of the visual-token layers saved, (L - e) / L, [t].
+        samples: how many samples these are shares of.
+        delta: 1 - confidence of ``bound``.
+    """
+
+    threshold: torch.Tensor
+    risk: torch.Tensor
+    bound: torch.Tensor
+    exit_layer: torch.Tensor
+    saved: torch.Tensor
+    samples: int
+    delta: float
+
+
+def exits_at(probability: torch.Tensor, threshold: float) -> torch.Tensor:
+    """The exit layer a threshold picks: the first where the probability exceeds it, else L.
+
+    Args:
+        probability: [n, L]; column e - 1 decides exit layer e, the last one is ignored.
+    """
+    layers = probability.shape[1]
+    over = probability[:, :-1] > threshold
+    return torch.where(over.any(1), over.int().argmax(1) + 1, layers)
+
+
+def oracle_exits(same: torch.Tensor) -> torch.Tensor:
+    """The earliest exit that keeps the answer: bool [n, L] -> long [n]."""
+    return same.int().argmax(1) + 1
+
+
+def disagreement(same: torch.Tensor, exits: torch.Tensor) -> torch.Tensor:
+    """Whether each sample's answer changes at its exit layer: bool [n, L], long [n] -> bool [n]."""
+    return ~same.gather(1, exits[:, None] - 1).squeeze(1)
+
+
+def clopper_pearson(errors: torch.Tensor | int, n: int, delta: float) -> torch.Tensor:
+    """Exact upper confidence bound of a binomial rate: it is exceeded with probability ``delta`` at most."""
+    errors = torch.as_tensor(errors, dtype=torch.double)
+    upper = torch.from_numpy(beta.ppf(1 - delta, errors.numpy() + 1, n - errors.numpy()))
+    return upper.nan_to_num(1.0)
+
+
+def samples_needed(alpha: float, delta: float) -> int:
+    """The fewest calibration samples that can prove a risk below ``alpha``: even without one error."""
+    n = 1
+    while clopper_pearson(0, n, delta) > alpha:
+        n *= 2
+    low, high = n // 2, n
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if clopper_pearson(0, middle, delta) > alpha else (low, middle)
+    return high
+
+
+def risk_curve(probability: torch.Tensor, same: torch.Tensor, delta: float = 0.1, points: int = 1000) -> RiskCurve:
+    """Risk and savings of every threshold on the same samples.
+
+    Args:
+        probability: [n, L], what heads say.
+        same: bool [n, L], whether the answer stays the same at exit layer e (column e - 1).
+        points: thresholds looked at, spread over the samples' own probabilities, as fine near 1 as they are.
+    """
+    n, layers = probability.shape
+    # What a sample is ready to leave at: only there does a threshold change anything.
+    ready = probability[:, :-1].double().amax(1)
+    logit = torch.linspace(0, 1, points, dtype=torch.double)
+    thresholds = ready.quantile(logit).unique().flip(0)
+    spread = torch.logit(torch.linspace(0.5, 1 - 1e-7, points // 4, dtype=torch.double)).sigmoid()
+    thresholds = torch.cat([thresholds, spread]).clamp(1e-6, 1).unique().flip(0)
+    exits = torch.stack([exits_at(probability.double(), t) for t in thresholds.tolist()])
+    wrong = torch.stack([disagreement(same, e).sum() for e in exits])
+    mean = exits.double().mean(1)
+    return RiskCurve(
+        threshold=thresholds,
+        risk=wrong.double() / n,
+        bound=clopper_pearson(wrong, n, delta),
+        exit_layer=mean,
+        saved=1 - mean / layers,
+        samples=n,
+        delta=delta,
+    )
+
+
+def choose_threshold(curve: RiskCurve, alpha: float) -> int | None:
+    """The least cautious threshold that keeps the risk below ``alpha``, as an index into the curve.
+
+    Thresholds are tested in a fixed order, from the safest on, and the first failure ends it (fixed-sequence testing,
+    Learn then Test, arXiv 2110.01052), so the confidence holds without correction for the number of thresholds.
+
+    Returns:
+        None if even the safest threshold fails.
+    """
+    fails = curve.bound > alpha
+    last = int(fails.int().argmax()) - 1 if fails.any() else len(fails) - 1
+    return last if last >= 0 else None
+
+
+def calibrate(heads: ExitHeads, traces: TraceSet, alpha: float = 0.01, delta: float = 0.1) -> RiskCurve:
+    """Sets the threshold of ``heads`` so that P(answer differs from dense) <= alpha, with confidence 1 - delta.
+
+    Args:
+        traces: held out: none of them, nor their images, may have trained the heads.
+
+    Raises:
+        ValueError: too few traces for that promise, or no threshold keeps it.
+    """
+    for name, value in (("alpha", alpha), ("delta", delta)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must lie strictly between 0 and 1, not {value}")
+    needed = samples_needed(alpha, delta)
+    if len(traces) < needed:
+        raise ValueError(
+            f"{len(traces)} traces cannot show a risk below {alpha} with confidence {1 - delta:g}: "
+            f"at least {needed} held-out samples are needed"
+        )
+    from dyvte.fitting import logits_of
+
+    heads.check_fits(traces.num_layers, traces.state.shape[-1] // 2, traces.provenance.get("base_model"))
+    same = traces.agreement >= 1
+    curve = risk_curve(logits_of(heads, traces.state).sigmoid(), same, delta)
+    chosen = choose_threshold(curve, alpha)
+    if chosen is None:
+        raise ValueError(f"no threshold keeps the risk below {alpha} with confidence {1 - delta:g}: allow more risk")
+    heads.config.threshold = float(curve.threshold[chosen])
+    heads.config.calibration = {
+        "alpha": alpha,
+        "delta": delta,
+        "samples": curve.samples,
+        "risk": float(curve.risk[chosen]),
+        "bound": float(curve.bound[chosen]),
+        "mean_exit_layer": float(curve.exit_layer[chosen]),
+        "data": traces.provenance.get("data"),
+        "rule": "Clopper-Pearson bound, fixed-sequence testing from the safest threshold",
+    }
+    return curve
+
+
+def compare(heads: ExitHeads, traces: TraceSet, threshold: float | None = None) -> dict[str, Any]:
+    """The learned policy beside the per-sample oracle and every fixed layer, on traces.
+
+    ``oracle_share`` is the visual-layer compute saved, divided by what the earliest agreeing exit of each sample saves.
+    """
+    from dyvte.fitting import logits_of
+
+    same, layers = traces.agreement >= 1, traces.num_layers
+    threshold = heads.config.threshold if threshold is None else threshold
+    exits, oracle = exits_at(logits_of(heads, traces.state).sigmoid(), threshold), oracle_exits(same)
+    possible = (layers - oracle).sum().item()
+
+    def row(e: torch.Tensor) -> dict[str, float]:
+        return {
+            "agreement": 1 - disagreement(same, e).float().mean().item(),
+            "mean_exit_layer": e.float().mean().item(),
+            "oracle_share": (layers - e).sum().item() / max(possible, 1),
+        }
+
+    fixed = [row(torch.full_like(exits, e)) for e in range(1, layers + 1)]
+    kinds = sorted(set(traces.kinds))
+    index = torch.tensor([kinds.index(kind) for kind in traces.kinds])
+    return {
+        "samples": len(traces),
+        "layers": layers,
+        "threshold": threshold,
+        "learned": row(exits),
+        "oracle": row(oracle),
+        "fixed": fixed,
+        "by_kind": {
+            kind: {
+                "samples": int((index == i).sum()),
+                "agreement": 1 - disagreement(same, exits)[index == i].float().mean().item(),
+                "mean_exit_layer": exits[index == i].float().mean().item(),
+                "oracle_exit_layer": oracle[index == i].float().mean().item(),
+            }
+            for i, kind in enumerate(kinds)
+        },
+    }

@@ -1,0 +1,163 @@
+"""Traces to heads: the only training there is, on features that a frozen model left behind."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torchmetrics.functional.classification import binary_accuracy, binary_auroc, binary_calibration_error
+from tqdm.auto import tqdm
+
+from dyvte.heads import ExitHeads, ExitHeadsConfig
+from dyvte.traces import TraceSet
+
+
+@dataclass
+class FitSettings:
+    """How heads are trained.
+
+    Args:
+        form, width: see :class:`dyvte.ExitHeadsConfig`.
+        label_rule: see :func:`exit_labels`.
+        epochs, batch_size, lr, weight_decay: AdamW with cosine decay over shuffled traces.
+        validation: share of the traces that choose the epoch; they train nothing.
+        seed: of the initial weights, the split and the order of the traces.
+    """
+
+    form: str = "shared"
+    width: int = 128
+    label_rule: str = "agreement"
+    epochs: int = 40
+    batch_size: int = 128
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    dropout: float = 0.1
+    validation: float = 0.15
+    seed: int = 0
+
+
+def exit_labels(traces: TraceSet, rule: str = "agreement") -> torch.Tensor:
+    """Whether the visual tokens can leave, per sample and exit layer: bool [n, L].
+
+    Args:
+        rule: "agreement": every answer token is the dense model's; "original" (DyVTE): more than 99 % of them are, and
+            the answer's NLL is below 1.03 times the dense one.
+    """
+    if rule == "agreement":
+        return traces.agreement >= 1
+    if rule == "original":
+        return (traces.agreement > 0.99) & (traces.nll < 1.03 * traces.dense_nll[:, None])
+    raise ValueError(f"unknown label rule {rule!r}: choose agreement or original")
+
+
+def fit_heads(traces: TraceSet, settings: FitSettings | None = None, progress: bool = True) -> ExitHeads:
+    """Trains heads on traces; the same traces and settings give the same heads.
+
+    Raises:
+        ValueError: too few traces, or labels that are all alike.
+    """
+    settings = settings or FitSettings()
+    labels = exit_labels(traces, settings.label_rule)[:, :-1].float()  # e = L is no exit: nothing to learn
+    if len(traces) < 20:
+        raise ValueError(f"{len(traces)} traces are too few to train heads: trace at least some hundred samples")
+    if labels.min() == labels.max():
+        raise ValueError(
+            "every exit of every sample has the same label, so there is nothing to learn: "
+            f"{'any fixed exit layer keeps all answers' if labels.min() == 1 else 'no exit keeps any answer'}"
+        )
+    began = time.perf_counter()
+    generator = torch.Generator().manual_seed(settings.seed)
+    order = torch.randperm(len(traces), generator=generator)
+    held = max(1, round(settings.validation * len(traces)))
+    validation, training = order[:held], order[held:]
+    source = traces.provenance
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        heads = ExitHeads(
+            ExitHeadsConfig(
+                num_layers=traces.num_layers,
+                hidden_size=traces.state.shape[-1] // 2,
+                form=settings.form,
+                width=settings.width,
+                base_model=source.get("base_model"),
+                base_revision=source.get("base_revision"),
+                label_rule=settings.label_rule,
+            )
+        )
+        steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
+        optimizer = torch.optim.AdamW(heads.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=steps, pct_start=0.1)
+        best, best_loss, best_epoch = None, math.inf, 0
+        for epoch in tqdm(range(settings.epochs), desc="fit", unit="epoch", disable=not progress):
+            heads.train()
+            for index in training[torch.randperm(len(training), generator=generator)].split(settings.batch_size):
+                state = F.dropout(traces.state[index].float(), settings.dropout)
+                loss = F.binary_cross_entropy_with_logits(heads(state)[:, :-1], labels[index])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            loss = log_loss(logits_of(heads, traces.state[validation])[:, :-1], labels[validation]).mean().item()
+            if loss < best_loss:
+                best, best_loss, best_epoch = {k: v.clone() for k, v in heads.state_dict().items()}, loss, epoch + 1
+        heads.load_state_dict(best)
+    heads.config.training = {
+        "traces": len(training),
+        "validation_traces": held,
+        "best_epoch": best_epoch,
+        "validation_log_loss": best_loss,
+        "seconds": round(time.perf_counter() - began, 1),
+        "data": source.get("data"),
+        "answers": source.get("answers"),
+    } | asdict(settings)
+    return heads.eval()
+
+
+@torch.no_grad()
+def logits_of(heads: ExitHeads, state: torch.Tensor, batch_size: int = 512) -> torch.Tensor:
+    """Logits of all exit layers for many text states: [n, L, 2d] -> [n, L]."""
+    heads.eval()
+    return torch.cat([heads(part) for part in state.split(batch_size)])
+
+
+def log_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean binary cross-entropy per layer, nats: two [n, layers] -> [layers]."""
+    return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(0)
+
+
+def quality(heads: ExitHeads, traces: TraceSet, rule: str | None = None) -> dict[str, Any]:
+    """How well heads predict the labels of traces they were not trained on: per exit layer 1 ... L - 1, and the mean.
+
+    AUROC is left out (None) at layers where every label is the same.
+    """
+    labels = exit_labels(traces, rule or heads.config.label_rule)[:, :-1]
+    logits = logits_of(heads, traces.state)[:, :-1]
+    layers: list[dict[str, Any]] = []
+    for i, loss in enumerate(log_loss(logits, labels).tolist()):
+        probability, label = logits[:, i].sigmoid(), labels[:, i].long()
+        mixed = 0 < label.sum() < len(label)
+        layers.append(
+            {
+                "exit_layer": i + 1,
+                "positive": label.float().mean().item(),
+                "auroc": binary_auroc(probability, label).item() if mixed else None,
+                "log_loss": loss,
+                "accuracy": binary_accuracy(probability, label).item(),
+                "calibration_error": binary_calibration_error(probability, label, n_bins=15).item(),
+            }
+        )
+    mean = {
+        key: sum(row[key] for row in layers if row[key] is not None)
+        / max(sum(row[key] is not None for row in layers), 1)
+        for key in ("auroc", "log_loss", "accuracy", "calibration_error")
+    }
+    return {
+        "parameters": sum(p.numel() for p in heads.parameters()),
+        "samples": len(traces),
+        "mean": mean,
+        "layers": layers,
+    }

@@ -1,0 +1,39 @@
+"""What an exit saves, in closed form: floating-point operations of a prompt's pass through the decoder.
+
+Counted as ``torch.utils.flop_counter`` counts: two per multiply-add of matrix products and attention (full squares, no
+causal halving); norms, rotations and activations are left out.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+
+def layer_flops(config: PreTrainedConfig, tokens: int) -> int:
+    """One decoder layer (attention with grouped queries, gated MLP) over ``tokens`` tokens of one sample."""
+    size, inner = config.hidden_size, config.intermediate_size
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or size // heads
+    projections = 2 * size * heads * head_dim + 2 * size * kv_heads * head_dim
+    attention = 2 * tokens * heads * head_dim
+    return 2 * tokens * (projections + attention + 3 * size * inner)
+
+
+def prefill_flops(config: PreTrainedConfig, text: int, visual: int, exit_layer: int) -> int:
+    """The prompt's pass through all decoder layers and, for the last token, the output head.
+
+    Args:
+        config: of the decoder (``model.config.get_text_config()``).
+        text: text tokens of the prompt.
+        visual: its visual tokens.
+        exit_layer: how many layers see the visual tokens, 1 ... L.
+
+    Raises:
+        ValueError: an exit layer outside 1 ... L.
+    """
+    layers = config.num_hidden_layers
+    if not 1 <= exit_layer <= layers:
+        raise ValueError(f"exit layer {exit_layer} is outside 1 ... {layers}")
+    decoder = exit_layer * layer_flops(config, text + visual) + (layers - exit_layer) * layer_flops(config, text)
+    return decoder + 2 * config.hidden_size * config.vocab_size
