@@ -36,7 +36,7 @@ KEYS = {
     "split": "split to read",
     "revision": "revision on the hub",
     "columns": "which column holds image, question, answers, choices, id, kind; further names are for the prompt",
-    "images": "images kept in another table: {name, split, key, image, on}",
+    "images": "images kept in another table: {name, split, key, image, reference}",
     "prompt": "template of the question; {choices} is the lettered list",
     "optional": "text for a field of the prompt, used where the field is not empty",
     "where": "keep the rows whose column has one of these values",
@@ -48,7 +48,7 @@ KEYS = {
     "template": "chat template for processors that have none",
 }
 SCENE_KEYS = {"split", "n", "seed", "kinds"}
-IMAGE_KEYS = {"name", "split", "key", "image", "on"}
+IMAGE_KEYS = {"name", "split", "key", "image", "reference"}
 SCORING = ("metric", "max_new_tokens", "template")  # what does not change the samples
 EMPTY = (None, "", "nan", "None")
 
@@ -153,7 +153,13 @@ def _prompt_text(processor: Any, sample: Sample, template: str | None) -> str:
 
 
 class Source(Sequence[Sample]):
-    """Samples by index; a slice gives a list."""
+    """Samples by index; a slice gives a list.
+
+    Attributes:
+        fingerprint: see :func:`fingerprint`.
+    """
+
+    fingerprint: str
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -189,6 +195,7 @@ class SceneSamples(Source):
         n = min(settings["n"], config.get("limit") or settings["n"])
         prompt = config.get("prompt") or "{question}"
         _fields_of(prompt, {"question"})
+        self.fingerprint = fingerprint(config)
         self.name = f"scenes-{settings['split']}-{settings.get('seed', 0)}"
         self.prompt = prompt
         self.rows = list(scenes.samples(settings["split"], n, settings.get("seed", 0), kinds))
@@ -216,6 +223,7 @@ class TableSamples(Source):
                 "`columns` must say which column is the question: a mapping of image, question, answers, choices, id, "
                 f"kind to columns, not {columns!r}"
             )
+        self.fingerprint = fingerprint(config)
         self.columns = {name: column for name, column in columns.items() if column is not None}
         self.folder = Path(str(config["path"]))
         self.table = _load(config, config.get("name"), config.get("split"))
@@ -288,16 +296,16 @@ class TableSamples(Source):
         settings = config.get("images")
         if settings is None:
             return
-        if not isinstance(settings, Mapping) or not {"key", "image", "on"} <= set(settings) <= IMAGE_KEYS:
+        if not isinstance(settings, Mapping) or not {"key", "image", "reference"} <= set(settings) <= IMAGE_KEYS:
             raise ValueError(f"`images` must be a mapping with {', '.join(sorted(IMAGE_KEYS))}, not {settings!r}")
         table = _load(config, settings.get("name"), settings.get("split", config.get("split")))
         _check_columns(table, [settings["key"], settings["image"]])
-        _check_columns(self.table, settings["on"])
+        _check_columns(self.table, settings["reference"])
         place = {key: i for i, key in enumerate(table[settings["key"]])}
-        missing = [key for key in self.table[settings["on"]] if key not in place]
+        missing = [key for key in self.table[settings["reference"]] if key not in place]
         if missing:
             raise ValueError(f"{len(missing)} images are missing from column {settings['key']}, such as {missing[0]!r}")
-        self.shared = (table, place, settings["image"], settings["on"])
+        self.shared = (table, place, settings["image"], settings["reference"])
 
     def _value(self, row: Mapping[str, Any], name: str) -> Any:
         column = self.columns.get(name)
@@ -333,8 +341,8 @@ class TableSamples(Source):
 
 def _load(config: Mapping[str, Any], name: str | None, split: str | None) -> datasets.Dataset:
     path = Path(str(config["path"]))
-    if name is not None and (path / name).is_dir():
-        path, name = path / name, None  # a local copy with a folder for each configuration
+    if name is not None and (path / name).is_dir() and not (path / "README.md").exists():
+        path, name = path / name, None  # a folder for each configuration, without the card that names them
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             table = datasets.load_from_disk(str(path))
