@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, get_layer_types_and_kwargs
 from transformers.masking_utils import create_causal_mask
 
 from dyvte.tokens import Columns
@@ -17,28 +17,53 @@ Mask = Any  # bool or float [batch, 1, query, key], bool [batch, key], a flex Bl
 
 
 def sliding_window(layer: nn.Module, config: PreTrainedConfig, index: int) -> int | None:
-    """The attention window of a decoder layer in tokens, or None where it attends to everything before."""
-    types = getattr(config, "layer_types", None)
-    if types is not None:
-        return config.sliding_window if types[index] == "sliding_attention" else None
-    return getattr(getattr(layer, "self_attn", None), "sliding_window", None)
+    """The attention window of a decoder layer in tokens, or None where it attends to everything before.
+
+    Raises:
+        ValueError: the layer is of a kind from which tokens cannot be withdrawn.
+    """
+    types, arguments = get_layer_types_and_kwargs(config)
+    kind = types[index] if index < len(types) else "full_attention"
+    if kind not in ("full_attention", "sliding_attention"):
+        why = {
+            "linear_attention": "its state mixes all tokens before, so none can be taken out of it",
+            "dummy": "it has no keys and values of its own",
+        }.get(kind, "only full and sliding attention are supported")
+        raise ValueError(
+            f"decoder layer {index} is a {kind!r} layer, and visual tokens cannot be withdrawn from it: {why}. "
+            "Use a model whose decoder layers are all full_attention or sliding_attention"
+        )
+    return arguments[index].get("sliding_window") if index < len(types) else None
 
 
 class WithdrawnLayer(DynamicLayer):
     """The cache of a layer that holds no visual tokens for some samples.
 
-    Keys and values are kept compact; ``columns`` says which column of the full prompt each of the first places holds.
-    Everything generated afterwards follows, one place per token. This is all the state that outlives a forward pass,
-    so it goes wherever the cache goes: beam reordering, cropping by assisted decoding, several caches at a time.
+    Keys and values are kept compact; ``columns`` says which column of the full sequence each of the first places
+    holds. Everything generated afterwards follows, one place per token. This is all the state that outlives a forward
+    pass, so it goes wherever the cache goes: beam reordering, cropping by assisted decoding, several caches at a time.
 
     Args:
-        columns: the columns of the prompt that are kept, [batch, width].
-        prompt_length: how many columns the full prompt has.
+        columns: the columns of the full sequence that are kept, [batch, width].
+        end: how many columns the full sequence has so far; what follows is kept in full.
     """
 
-    def __init__(self, columns: Columns, prompt_length: int):
+    def __init__(self, columns: Columns, end: int):
         super().__init__()
-        self.columns, self.prompt_length = columns, prompt_length
+        self.columns, self.end = columns, end
+
+    @property
+    def later(self) -> int:
+        """How many of the places held follow the recorded columns."""
+        return self.get_seq_length() - self.columns.index.shape[1]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if abs(tokens_to_remove) > self.later:
+            raise ValueError(
+                f"the cache cannot be cropped by {abs(tokens_to_remove)} tokens: only {self.later} follow the prompt, "
+                "whose visual tokens are gone. Start a new cache instead"
+            )
+        super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         # Beams of one sample share their prompt, and reordering never crosses samples: columns stay as they are.
@@ -52,19 +77,24 @@ class WithdrawnLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self.columns = self.columns.rows(indices)
 
+    def positions(self, new: int = 0) -> torch.Tensor:
+        """The column of the full sequence of each place, those of ``new`` incoming tokens included: [batch, places]."""
+        index = self.columns.index
+        later = self.end + torch.arange(self.later + new, device=index.device)
+        return torch.cat([index, later.expand(len(index), -1)], 1)
+
     def padding_mask(self, attention_mask: torch.Tensor | None, new: int) -> torch.Tensor | None:
         """Which places, those of ``new`` incoming tokens included, hold a token: bool [batch, places], None for all.
 
         Args:
             attention_mask: [batch, full length], as the model got it; None where nothing is padding.
         """
-        generated = self.get_seq_length() - self.columns.index.shape[1] + new
-        later = None if attention_mask is None else attention_mask[:, self.prompt_length :].bool()
+        later = None if attention_mask is None else attention_mask[:, self.end :].bool()
         if later is None and not self.columns.ragged:
             return None
         valid = self.columns.valid
-        if later is None or later.shape[1] != generated:
-            later = valid.new_ones(len(valid), generated)
+        if later is None or later.shape[1] != self.later + new:
+            later = valid.new_ones(len(valid), self.later + new)
         return torch.cat([valid, later.to(valid.device)], 1)
 
     def mask(
@@ -78,10 +108,7 @@ class WithdrawnLayer(DynamicLayer):
         padding = self.padding_mask(attention_mask, new)
         in_window = None
         if window is not None:
-            generated = self.get_seq_length() - self.columns.index.shape[1] + new
-            later = self.prompt_length + torch.arange(generated, device=hidden.device)
-            index = self.columns.index.to(hidden.device)
-            position = torch.cat([index, later.expand(len(index), -1)], 1)
+            position = self.positions(new).to(hidden.device)
 
             def in_window(batch: Any, head: Any, query: Any, key: Any) -> Any:
                 return position[batch, key] > position[batch, query] - window
@@ -90,6 +117,65 @@ class WithdrawnLayer(DynamicLayer):
         return create_causal_mask(
             config, hidden, padding, past_key_values=cache, and_mask_function=in_window, layer_idx=0
         )
+
+
+def held_columns(layer: CacheLayerMixin, valid: torch.Tensor) -> Columns:
+    """Which columns of the sequence so far a filled cache layer holds.
+
+    Args:
+        valid: bool [batch, columns so far]; what is not padding.
+    """
+    if isinstance(layer, WithdrawnLayer):
+        index, known = layer.positions().to(valid.device), layer.columns.valid.to(valid.device)
+        held = valid.gather(1, index)
+        held[:, : known.shape[1]] &= known
+    else:
+        past, kept = valid.shape[1], layer.keys.shape[2]
+        index = torch.arange(past - kept, past, device=valid.device).expand(len(valid), -1)
+        held = valid[:, past - kept :]
+    return Columns(index, held, ragged=not bool(held.all()))
+
+
+def continued_mask(
+    mask: Mask, new: Columns, held: Columns, past: int, window: int | None, config: PreTrainedConfig
+) -> Mask:
+    """The mask of a layer for a later turn, whose cache holds some columns of the turns before.
+
+    Among the new columns the model's own mask holds, so image blocks keep attending both ways.
+
+    Args:
+        mask: as the model made it for all new columns of the same samples; its key columns end with them.
+        new: the columns of this turn that are kept, counted from its first one.
+        held: the columns that the cache holds, counted from the beginning.
+        past: how many columns there were before this turn.
+        window: of the layer.
+    """
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise ValueError(
+            f"a {type(mask).__name__} cannot be cut to fewer tokens in a later turn: load the model with "
+            "attn_implementation='sdpa' or 'eager'"
+        )
+    device = held.index.device if mask is None else mask.device
+    index, valid = new.index.to(device), new.valid.to(device)
+    before, known = held.index.to(device), held.valid.to(device)
+    if "flash" in str(config._attn_implementation):
+        return torch.cat([known, valid], 1)
+    earlier = known[:, None, :].expand(-1, index.shape[1], -1)
+    recent = index[:, None, :] <= index[:, :, None]
+    if window is not None:
+        earlier = earlier & (before[:, None, :] > past + index[:, :, None] - window)
+        recent = recent & (index[:, None, :] > index[:, :, None] - window)
+    if mask is not None:
+        own = mask[:, 0, :, -mask.shape[2] :].expand(len(index), -1, -1)
+        own = own.gather(1, index[:, :, None].expand(-1, -1, own.shape[2]))
+        own = own.gather(2, index[:, None, :].expand(-1, index.shape[1], -1))
+        recent = own if mask.dtype == torch.bool else own > torch.finfo(mask.dtype).min / 2
+    allowed = torch.cat([earlier, recent & valid[:, None, :]], 2)[:, None]
+    if mask is None or mask.dtype == torch.bool:
+        return allowed
+    return torch.zeros(allowed.shape, dtype=mask.dtype, device=device).masked_fill(
+        ~allowed, torch.finfo(mask.dtype).min
+    )
 
 
 def compact_mask(mask: Mask, columns: Columns, config: PreTrainedConfig, hidden: torch.Tensor) -> Mask:

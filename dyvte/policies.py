@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 
 
 class ExitPolicy:
-    """Base class: a policy that never exits."""
+    """Base class: a policy that never exits.
+
+    Attributes:
+        earliest: the smallest exit layer it insists on, if it does; a model that cannot leave so early is then
+            refused. Other policies start at the smallest exit layer that the model allows.
+    """
+
+    earliest: int | None = None
 
     def check(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
         """Raises ``ValueError`` if the policy does not fit a decoder of this depth and width."""
@@ -55,6 +62,8 @@ class FixedExit(ExitPolicy):
         self.layer = layer if isinstance(layer, int) else torch.as_tensor(layer)
         if not isinstance(self.layer, int) and (self.layer.ndim != 1 or self.layer.is_floating_point()):
             raise TypeError("layer must be an int or a flat list of ints, one per sample of the batch")
+        layers = torch.as_tensor(self.layer).flatten().tolist()
+        self.earliest = min(layers) if layers else None
 
     def check(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
         layers = torch.as_tensor(self.layer).flatten()

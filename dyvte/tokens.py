@@ -5,7 +5,11 @@ Everything here asks the model or its config; nothing is a table of architecture
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,27 +23,91 @@ def underlying_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def find_decoder(model: nn.Module) -> nn.Module:
+def find_decoder(model: nn.Module, decoder: str | nn.Module | None = None) -> nn.Module:
     """The module that owns the list of decoder layers.
 
     Asks ``model.get_decoder()`` and, since that may return a wrapper, goes on inwards until there is a ``.layers``.
 
+    Args:
+        decoder: the module itself, or the dotted path to it such as ``"language_model.model"``, where it is known.
+
     Raises:
-        ValueError: no module with ``.layers`` is found.
+        ValueError: no module with ``.layers`` is found, or its layers cannot do without the visual tokens.
     """
+    if decoder is not None:
+        return _check_layers(_named_decoder(model, decoder))
     module = model.get_decoder() if hasattr(model, "get_decoder") else model
     for start in (module, model):
         seen: set[int] = set()
         while start is not None and id(start) not in seen:
-            if isinstance(getattr(start, "layers", None), nn.ModuleList) and len(start.layers) > 0:
-                return start
+            if _has_layers(start):
+                return _check_layers(start)
             seen.add(id(start))
             inner = (getattr(start, name, None) for name in DECODER_NAMES)
             start = next((m for m in inner if isinstance(m, nn.Module) and id(m) not in seen), None)
     raise ValueError(
         f"no decoder layers found in {type(model).__name__}: neither get_decoder() nor "
-        f"{', '.join('.' + name for name in DECODER_NAMES)} lead to a module with a ModuleList .layers"
+        f"{', '.join('.' + name for name in DECODER_NAMES)} lead to a module with a ModuleList .layers. "
+        "Name it: decoder='path.to.it'"
     )
+
+
+def _has_layers(module: nn.Module | None) -> bool:
+    return isinstance(getattr(module, "layers", None), nn.ModuleList) and len(module.layers) > 0
+
+
+def _named_decoder(model: nn.Module, decoder: str | nn.Module) -> nn.Module:
+    if not isinstance(decoder, (str, nn.Module)):
+        raise TypeError(f"decoder must be a module or the dotted path to it, not {type(decoder).__name__}")
+    module: nn.Module | None = decoder if isinstance(decoder, nn.Module) else model
+    if isinstance(decoder, str):
+        for name in decoder.split("."):
+            module = getattr(module, name, None)
+    if not _has_layers(module):
+        owners = [path for path, inner in model.named_modules() if _has_layers(inner)]
+        named = repr(decoder) if isinstance(decoder, str) else type(decoder).__name__
+        raise ValueError(
+            f"decoder {named} has no ModuleList .layers in {type(model).__name__}: these have: {', '.join(owners)}"
+        )
+    return module
+
+
+def _check_layers(decoder: nn.Module) -> nn.Module:
+    for index, layer in enumerate(decoder.layers):
+        takes = inspect.signature(layer.forward).parameters
+        if "per_layer_input" in takes:
+            why = "takes an input of its own for every token"
+        elif "cross_attention_states" in takes:
+            why = "sees images through cross attention, so there are no visual tokens to withdraw"
+        else:
+            continue
+        raise ValueError(f"decoder layer {index} of {type(decoder).__name__} {why}: use the model without the exit")
+    return decoder
+
+
+def smallest_exit(model: nn.Module, decoder: nn.Module) -> int:
+    """The smallest exit layer: some decoders add features to the visual tokens after their first layers (deepstack).
+
+    Raises:
+        ValueError: the decoder takes such features, but the config does not say for which layers.
+    """
+    config = getattr(model, "config", None)
+    configs = [config, *(v for v in vars(config).values() if hasattr(v, "to_dict"))] if config is not None else []
+    for found in configs:
+        indexes = getattr(found, "deepstack_visual_indexes", None)  # as many layers, from the first on
+        if indexes is not None:
+            return max(len(indexes), 1)
+        pairs = getattr(found, "deepstack_layer_map", None)  # (layer of the vision tower, decoder layer)
+        if pairs is not None:
+            targets = [layer for _, layer in (*pairs, *((0, t) for t in getattr(found, "spatial_target_layers", ())))]
+            return max(targets) + 1
+    takes = [name for name in inspect.signature(decoder.forward).parameters if name.startswith("deepstack")]
+    if takes:
+        raise ValueError(
+            f"{type(decoder).__name__} takes {takes[0]}, features for visual tokens of some layers, but the config "
+            "does not say which (deepstack_visual_indexes): exits before the last of them would be wrong. Add it"
+        )
+    return 1
 
 
 def visual_token_ids(model: nn.Module) -> list[int]:
@@ -140,3 +208,82 @@ class Prompt:
         count = valid.sum(1)
         mean = torch.where(count > 0, rest.masked_fill(~valid, 0).sum(1) / count.clamp(min=1), last)
         return torch.cat([mean, last], -1)
+
+
+class SplicedVisualMask:
+    """The visual mask of a model in the style of the LLaVA code, for ``visual_mask=``.
+
+    Such models put one sentinel (-200) per image into ``input_ids`` and replace it by many embeddings in a method of
+    their own, which also splices ``labels``. While attached, that method is called with labels of zeros where it gets
+    none: it marks what it inserts with -100, so the visual tokens are where the new labels are -100 and the new
+    attention mask is True. The model gets back what it would have got without; images are encoded once.
+
+    Args:
+        model: the model with the method.
+        method: its name, taking ``input_ids``, ``attention_mask`` and ``labels``.
+        mask_at: where in the tuple it returns the new attention mask is; 2 in LLaVA, VILA-1.5 and Eagle.
+        labels_at: where the new labels are, 5 there. NVILA's ``_embed`` returns (embeddings, labels, mask): 2 and 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str = "prepare_inputs_labels_for_multimodal",
+        mask_at: int = 2,
+        labels_at: int = 5,
+    ):
+        self.model, self.method, self.mask_at, self.labels_at = underlying_model(model), method, mask_at, labels_at
+        splice = getattr(self.model, method, None)
+        if not callable(splice):
+            raise ValueError(
+                f"{type(self.model).__name__} has no method {method!r}: name the one that splices image features into "
+                "the text, method='...'"
+            )
+        missing = {"input_ids", "attention_mask", "labels"} - set(inspect.signature(splice).parameters)
+        if missing:
+            raise ValueError(
+                f"{method} takes no {', '.join(sorted(missing))}, so it cannot tell where it puts visual tokens: pass "
+                "visual_mask as a bool tensor or a callable instead"
+            )
+        self.latest: torch.Tensor | None = None
+
+    def __call__(self, call: dict[str, Any]) -> torch.Tensor:
+        if self.latest is None:
+            raise ValueError(
+                f"{self.method} was not called before the decoder, or inserted nothing: call the model with input_ids "
+                "and images, or pass visual_mask as a bool tensor"
+            )
+        return self.latest
+
+    def attach(self) -> None:
+        splice = getattr(self.model, self.method)
+        setattr(self.model, self.method, self._telling(splice))
+
+    def detach(self) -> None:
+        vars(self.model).pop(self.method, None)
+        self.latest = None
+
+    def _telling(self, splice: Callable[..., tuple]) -> Callable[..., tuple]:
+        signature = inspect.signature(splice)
+
+        @functools.wraps(splice)
+        def told(*args: Any, **kwargs: Any) -> tuple:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = bound.arguments
+            ids = given["input_ids"]
+            added = [name for name in ("labels", "attention_mask") if given[name] is None]
+            if "labels" in added:
+                given["labels"] = torch.zeros_like(ids)
+            if "attention_mask" in added:
+                given["attention_mask"] = torch.ones_like(ids, dtype=torch.bool)
+            result = list(splice(*bound.args, **bound.kwargs))
+            mask, labels = result[self.mask_at], result[self.labels_at]
+            if "labels" in added and labels.shape != ids.shape:
+                self.latest = (labels == -100) & mask.bool()
+            for name, place in (("labels", self.labels_at), ("attention_mask", self.mask_at)):
+                if name in added:
+                    result[place] = None
+            return tuple(result)
+
+        return told

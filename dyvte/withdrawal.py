@@ -19,22 +19,46 @@ from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from dyvte.layout import WithdrawnLayer, compact_arguments, compact_mask, select_rows, sliding_window
+from dyvte.layout import (
+    WithdrawnLayer,
+    compact_arguments,
+    compact_mask,
+    continued_mask,
+    held_columns,
+    select_rows,
+    sliding_window,
+)
 from dyvte.policies import ExitPolicy
-from dyvte.tokens import Columns, Prompt, find_decoder, underlying_model, visual_token_ids
+from dyvte.tokens import (
+    Columns,
+    Prompt,
+    SplicedVisualMask,
+    find_decoder,
+    smallest_exit,
+    underlying_model,
+    visual_token_ids,
+)
 
 VisualMask = torch.Tensor | Callable[[dict[str, Any]], torch.Tensor]
 
 
 @contextmanager
-def visual_exit(model: nn.Module, policy: ExitPolicy, visual_mask: VisualMask | None = None) -> Iterator[VisualExit]:
+def visual_exit(
+    model: nn.Module,
+    policy: ExitPolicy,
+    visual_mask: VisualMask | None = None,
+    decoder: str | nn.Module | None = None,
+) -> Iterator[VisualExit]:
     """Runs ``model`` with visual tokens withdrawn as ``policy`` decides, within the ``with`` block.
 
     Args:
         model: any MLLM of transformers, or a decoder-only model fed with ``inputs_embeds``.
         policy: see :mod:`dyvte.policies`.
         visual_mask: bool [batch, sequence], True at visual tokens, where ``input_ids`` cannot show them; or a callable
-            that gets the keyword arguments of the model's call and returns it.
+            that gets the keyword arguments of the model's call (those of ``generate`` included) and returns it, such
+            as :class:`~dyvte.tokens.SplicedVisualMask`. A tensor describes the first prompt of a conversation.
+        decoder: the module that owns the decoder layers as ``.layers``, or the dotted path to it from ``model``; found
+            by itself in models of transformers.
 
     Yields:
         A handle; ``handle.layers`` holds the exit layer of each sample after a call (long [batch]).
@@ -42,16 +66,21 @@ def visual_exit(model: nn.Module, policy: ExitPolicy, visual_mask: VisualMask | 
     Raises:
         ValueError: model, policy or a later call do not fit; the message says what to do.
     """
-    handle = attach(model, policy, visual_mask)
+    handle = attach(model, policy, visual_mask, decoder)
     try:
         yield handle
     finally:
         handle.detach()
 
 
-def attach(model: nn.Module, policy: ExitPolicy, visual_mask: VisualMask | None = None) -> VisualExit:
+def attach(
+    model: nn.Module,
+    policy: ExitPolicy,
+    visual_mask: VisualMask | None = None,
+    decoder: str | nn.Module | None = None,
+) -> VisualExit:
     """Like :func:`visual_exit`, but until ``handle.detach()`` is called."""
-    return VisualExit(model, policy, visual_mask)
+    return VisualExit(model, policy, visual_mask, decoder)
 
 
 class _Group:
@@ -63,17 +92,50 @@ class _Group:
 
 
 class _PromptPass:
-    """One forward pass over a prompt: who has left, and the side group that runs beside the model's own rows."""
+    """One forward pass over the prompt of a turn: who has left, and the side group beside the model's own rows.
 
-    def __init__(self, prompt: Prompt, cache: Cache | None, length: int, num_layers: int):
-        self.prompt, self.cache, self.length = prompt, cache, length
-        self.batch = len(prompt.can_leave)
+    Attributes:
+        valid: bool [batch, columns of the turns before], what is not padding there.
+    """
+
+    def __init__(self, prompt: Prompt, cache: Cache | None, valid: torch.Tensor, num_layers: int):
+        self.prompt, self.cache, self.valid = prompt, cache, valid
+        self.batch, self.length = prompt.visual.shape
+        self.past = valid.shape[1]
         self.exits = torch.full((self.batch,), num_layers)
         self.planned: torch.Tensor | None = None
         self.main = _Group(torch.arange(self.batch), None)
         self.side: _Group | None = None
-        self.masks: dict[tuple[int, int], Any] = {}
+        self.masks: dict[tuple, Any] = {}
         self.columns: Columns | None = None
+        self._held: dict[tuple, Columns] = {}
+
+    def held(self, index: int) -> Columns | None:
+        """What the model's cache holds of the turns before at layer ``index``; None at a first turn."""
+        if self.past == 0:
+            return None
+        layer = self.cache.layers[index]
+        key = (id(layer.columns),) if isinstance(layer, WithdrawnLayer) else (layer.keys.shape[2], "full")
+        if key not in self._held:
+            self._held[key] = held_columns(layer, self.valid)
+        return self._held[key]
+
+    def new(self, group: _Group) -> Columns:
+        """The columns of this turn that a group goes on with."""
+        if group.columns is not None:
+            return group.columns
+        rows = group.rows.to(self.valid.device)
+        valid = (self.prompt.text | self.prompt.visual)[rows]
+        return Columns(torch.arange(self.length, device=valid.device).expand_as(valid), valid, ragged=True)
+
+    def kept(self, group: _Group, held: Columns | None) -> Columns:
+        """All columns that a group's cache holds after a layer, counted from the beginning of the conversation."""
+        new = self.new(group)
+        if held is None:
+            return new
+        rows = group.rows.to(held.index.device)
+        index = torch.cat([held.index[rows], self.past + new.index], 1)
+        return Columns(index, torch.cat([held.valid[rows], new.valid], 1), held.ragged or new.ragged)
 
 
 class VisualExit:
@@ -82,25 +144,51 @@ class VisualExit:
     Attributes:
         layers: long [batch], the exit layer of each sample in the latest prompt; None before the first. A sample with
             no visual tokens, or whose prompt ends in one, counts as never leaving (``L``).
+        min_layer: the smallest exit layer this model allows.
     """
 
-    def __init__(self, model: nn.Module, policy: ExitPolicy, visual_mask: VisualMask | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: ExitPolicy,
+        visual_mask: VisualMask | None = None,
+        decoder: str | nn.Module | None = None,
+    ):
         if not isinstance(policy, ExitPolicy):
             raise TypeError(f"policy must be an ExitPolicy such as dyvte.FixedExit(4), not {type(policy).__name__}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch module, not {type(model).__name__}: pass the loaded model itself")
+        if visual_mask is not None and not isinstance(visual_mask, torch.Tensor) and not callable(visual_mask):
+            raise TypeError(
+                "visual_mask must be a bool tensor [batch, sequence] or a callable that returns one, not "
+                f"{type(visual_mask).__name__}"
+            )
         self.model, self.policy, self.visual_mask = underlying_model(model), policy, visual_mask
-        self.decoder = find_decoder(self.model)
-        self.config = getattr(self.decoder, "config", self.model.config)
+        self.decoder = find_decoder(self.model, decoder)
+        self.config = getattr(self.decoder, "config", None) or self.model.config
         self.num_layers = len(self.decoder.layers)
+        self._refuse_compiled(model)
+        if getattr(self.decoder, "_dyvte_attached", False):
+            raise ValueError(
+                "a visual exit is attached to this model already: detach() it, or leave its with block, first"
+            )
         self.visual_ids = None if visual_mask is not None else visual_token_ids(self.model)
         self.windows = [sliding_window(layer, self.config, i) for i, layer in enumerate(self.decoder.layers)]
+        self.min_layer = smallest_exit(self.model, self.decoder)
         policy.check(self.num_layers, self.config.hidden_size, getattr(self.model.config, "_name_or_path", None))
+        if policy.earliest is not None and policy.earliest < self.min_layer:
+            raise ValueError(
+                f"exit layer {policy.earliest} is too early for {type(self.model).__name__}: it adds visual features "
+                f"to the visual tokens after its first layers. Choose {self.min_layer} ... {self.num_layers}"
+            )
         if any(self.windows) and "flash" in str(self.config._attn_implementation):
             raise ValueError(
                 "flash attention counts the window of sliding layers in cached places, which shift once visual tokens "
                 "are gone: load the model with attn_implementation='sdpa' or 'eager'"
             )
         self.layers: torch.Tensor | None = None
-        self._seen: dict[str, Any] = {}
+        self._calls: list[dict[str, Any]] = []
+        self._generate_call: dict[str, Any] = {}
         self._pass: _PromptPass | None = None
         self._masks: dict[tuple[int, int | None], Any] = {}
         self._inside = False
@@ -114,57 +202,95 @@ class VisualExit:
             before, after = functools.partial(self._before_layer, index), functools.partial(self._after_layer, index)
             self._hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
             self._hooks.append(layer.register_forward_hook(after, with_kwargs=True))
+        self.decoder._dyvte_attached = True
         self._guard_generate()
+        if isinstance(visual_mask, SplicedVisualMask):
+            visual_mask.attach()
 
     def detach(self) -> None:
         """Removes every hook; the model is as it was. Caches filled meanwhile are not usable without the hooks."""
         for hook in self._hooks:
             hook.remove()
+        if self._hooks:
+            del self.decoder._dyvte_attached
+            self.model.__dict__.pop("generate", None)
+            if isinstance(self.visual_mask, SplicedVisualMask):
+                self.visual_mask.detach()
         self._hooks = []
-        self.model.__dict__.pop("generate", None)
         self._pass = None
 
     # Before any work: what cannot be right is refused.
 
-    def _guard_generate(self) -> None:
-        """Chunks of a prompt look like later turns to a forward hook, so ``generate`` is asked before it starts."""
-        generate = getattr(self.model, "generate", None)
-        if generate is None:
-            return
+    def _refuse_compiled(self, model: nn.Module) -> None:
+        modules = [model, self.model, self.decoder, *self.decoder.layers]
+        if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules):
+            raise ValueError(
+                "a compiled model cannot drop tokens between its layers: attach to the model as it was before "
+                "torch.compile() (its _orig_mod)"
+            )
 
-        @functools.wraps(generate)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            given = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
-            for name, remedy in (
-                ("prefill_chunk_size", "the exit is decided on the whole prompt: leave prefill_chunk_size unset"),
-                ("cache_implementation", "only dynamic caches can hold fewer tokens: leave cache_implementation unset"),
-            ):
-                value = kwargs.get(name, getattr(given, name, None))
-                if value is not None and value != "dynamic":
-                    raise ValueError(f"{name}={value!r} does not work with visual exit: {remedy}")
-            return generate(*args, **kwargs)
+    def _refuse(self, given: dict[str, Any], config: Any) -> None:
+        """What no call may ask for; ``config`` holds the defaults of what is not given."""
 
-        self.model.generate = guarded
+        def value(name: str) -> Any:
+            return given[name] if given.get(name) is not None else getattr(config, name, None)
 
-    def _before_model(self, names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._consumed or module is self.model:  # some models call their inner one directly
-            self._seen, self._pass, self._consumed = {}, None, False
-        given = dict(zip(names, args)) | kwargs
-        for name in ("input_ids", "attention_mask", "inputs_embeds"):
-            if self._seen.get(name) is None:
-                self._seen[name] = given.get(name)
-        self._seen.setdefault("call", given)
         if given.get("labels") is not None:
             raise ValueError(
                 "labels do not work with visual exit: the prediction of the first text token comes from a visual token "
                 "that is gone. Compute the loss from the logits of the text tokens, or detach the exit for training"
             )
+        for name in ("output_hidden_states", "output_attentions"):
+            if value(name):
+                raise ValueError(
+                    f"{name}=True does not work with visual exit: samples and layers hold different tokens. Leave it "
+                    "out, or detach the exit to look into the dense model"
+                )
         cache = given.get("past_key_values")
-        if cache is not None and getattr(cache, "is_compileable", False):
-            raise ValueError(
-                f"{type(cache).__name__} has a fixed size and cannot hold fewer tokens in later layers: "
-                "use a DynamicCache (the default of generate)"
-            )
+        if cache is not None:
+            self._check_cache(cache)
+
+    def _guard_generate(self) -> None:
+        """Refuses before images are encoded; chunks of a prompt would look like later turns to a forward hook."""
+        generate = getattr(self.model, "generate", None)
+        if generate is None:
+            return
+        names = list(inspect.signature(generate).parameters)
+
+        @functools.wraps(generate)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            given = dict(zip(names, args)) | kwargs
+            defaults = given.get("generation_config") or getattr(self.model, "generation_config", None)
+            for name, remedy in (
+                ("prefill_chunk_size", "the exit is decided on the whole prompt: leave prefill_chunk_size unset"),
+                ("cache_implementation", "only dynamic caches can hold fewer tokens: leave cache_implementation unset"),
+            ):
+                value = given.get(name, getattr(defaults, name, None))
+                if value is not None and value != "dynamic":
+                    raise ValueError(f"{name}={value!r} does not work with visual exit: {remedy}")
+            self._refuse(given, defaults)
+            self._generate_call = given
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self._generate_call = {}
+
+        self.model.generate = guarded
+
+    def _before_model(self, names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._consumed or module is self.model:  # some models call their inner one directly
+            self._calls, self._pass, self._consumed = [], None, False
+        given = dict(zip(names, args)) | kwargs
+        self._calls.append(given)
+        self._refuse(given, self.config)
+
+    @property
+    def _call(self) -> dict[str, Any]:
+        """The keyword arguments of the call, outermost first."""
+        call: dict[str, Any] = {}
+        for given in (*self._calls, self._generate_call):
+            call = given | {name: value for name, value in call.items() if value is not None}
+        return call
 
     # Hooks on the decoder layers.
 
@@ -216,95 +342,129 @@ class VisualExit:
         return (full, *output[1:]) if isinstance(output, tuple) else full
 
     def _start(self, hidden: torch.Tensor, mask: Any, cache: Cache | None) -> _PromptPass | None:
-        """A prompt pass, or None where the cache already holds one."""
+        """A prompt pass, or None where there is nothing new to decide on: while decoding, in turns of text."""
+        if hidden.ndim != 3:
+            raise ValueError(
+                f"decoder layers of {type(self.model).__name__} work on states {list(hidden.shape)}, not [batch, "
+                "sequence, width]: visual tokens cannot be withdrawn from this model, use it without the exit"
+            )
         batch, length = hidden.shape[:2]
-        visual = self._visual(batch, length, hidden.device, self._prompt_has_passed(cache))
-        if self._prompt_has_passed(cache):
-            if visual is not None and bool(visual.any()):
-                raise ValueError(
-                    "new visual tokens after a prompt that is already in the cache are not supported: "
-                    "start a new cache with the whole conversation"
-                )
+        past = cache.get_seq_length() if cache is not None else 0
+        if past > 0 and not self._brings_images():
             return None
-        self._check_cache(cache)
-        run = _PromptPass(Prompt.of(visual, self._valid(visual, mask)), cache, length, self.num_layers)
+        visual = self._visual(batch, length, hidden.device)
+        if past > 0 and not bool(visual.any()):
+            return None
+        valid = self._valid(batch, past + length, mask, hidden.device)
+        run = _PromptPass(Prompt.of(visual, valid[:, past:]), cache, valid[:, :past], self.num_layers)
         run.planned = self.policy.plan(batch, self.num_layers)
         if run.planned is not None:
-            run.planned = torch.where(run.prompt.can_leave, run.planned, self.num_layers)
+            planned = run.planned.clamp(min=self.min_layer)
+            run.planned = torch.where(run.prompt.can_leave, planned, self.num_layers)
         return run
 
-    @staticmethod
-    def _prompt_has_passed(cache: Cache | None) -> bool:
-        return cache is not None and cache.get_seq_length() > 0
+    def _brings_images(self) -> bool:
+        """Whether a later call has new images: placeholder ids alone may be generated, or guessed by a lookup."""
+        if self.visual_mask is not None and not callable(self.visual_mask):
+            return False
+        names = ("pixel_values", "mm_encoder_outputs", "image", "video", "media")
+        return any(value is not None for name, value in self._call.items() if name.startswith(names))
 
-    def _check_cache(self, cache: Cache | None) -> None:
-        if cache is None:
-            return
-        plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-        if not isinstance(cache, Cache) or not plain or getattr(cache, "offloading", False):
+    @staticmethod
+    def _check_cache(cache: Cache) -> None:
+        kinds = (DynamicLayer, DynamicSlidingWindowLayer, WithdrawnLayer)
+        layers = getattr(cache, "layers", None)
+        plain = isinstance(cache, Cache) and all(type(layer) in kinds for layer in layers)
+        if not plain or getattr(cache, "offloading", False) or getattr(cache, "is_compileable", False):
             raise ValueError(
-                f"the cache {cache!r} has layers that cannot hold fewer tokens than the prompt: "
-                "use a DynamicCache (the default of generate), without offloading"
+                f"a {type(cache).__name__} cannot hold fewer tokens in some layers than in others: use a DynamicCache "
+                "(the default of generate), without offloading"
             )
 
-    def _visual(self, batch: int, length: int, device: torch.device, passed: bool) -> torch.Tensor | None:
-        """bool [batch, length], or None if a later call cannot show them."""
+    def _visual(self, batch: int, length: int, device: torch.device) -> torch.Tensor:
+        """bool [batch, length]"""
         if self.visual_mask is not None:
-            if passed:
-                return None
-            mask = self.visual_mask(self._seen.get("call", {})) if callable(self.visual_mask) else self.visual_mask
+            mask = self.visual_mask(self._call) if callable(self.visual_mask) else self.visual_mask
             if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape[-1] != length:
                 shape = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
                 raise ValueError(f"visual_mask must be bool [{batch}, {length}] like the prompt, not {shape}")
-            if len(mask) != batch:
-                if len(mask) == 0 or batch % len(mask):
-                    raise ValueError(f"visual_mask has {len(mask)} rows but the batch has {batch}: give one per sample")
-                mask = mask.repeat_interleave(batch // len(mask), 0)  # beams and num_return_sequences
-            return mask.to(device)
-        ids = self._seen.get("input_ids")
-        if ids is None or ids.shape[1] != length:
-            if passed:
-                return None
-            raise ValueError(
-                "the prompt came as inputs_embeds, which do not show where the visual tokens are: pass visual_mask "
-                "(bool [batch, sequence], True at visual tokens) to visual_exit"
-            )
-        return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device)).to(device)
+            if mask.ndim != 2 or len(mask) == 0 or batch % len(mask):
+                raise ValueError(
+                    f"visual_mask {list(mask.shape)} does not fit a batch of {batch}: give a row per sample"
+                )
+            return mask.repeat_interleave(batch // len(mask), 0).to(device)  # beams and num_return_sequences
+        for call in self._calls:
+            ids = call.get("input_ids")
+            if isinstance(ids, torch.Tensor) and ids.shape[-1] == length:
+                return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device)).to(device)
+        raise ValueError(
+            "the prompt came as inputs_embeds, which do not show where the visual tokens are: pass visual_mask "
+            "(bool [batch, sequence], True at visual tokens) to visual_exit"
+        )
 
-    def _valid(self, visual: torch.Tensor, mask: Any) -> torch.Tensor:
-        """bool [batch, length]: what is not padding."""
-        given = self._seen.get("attention_mask")
-        if isinstance(given, torch.Tensor) and given.ndim == 2:
-            return given[:, -visual.shape[1] :].bool().to(visual.device)
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            return mask.bool()
-        if isinstance(given, torch.Tensor) and given.ndim == 4:
-            raise ValueError("a 4-D attention_mask does not say which tokens are padding: pass one [batch, sequence]")
-        return torch.ones_like(visual)
+    def _valid(self, batch: int, length: int, mask: Any, device: torch.device) -> torch.Tensor:
+        """bool [batch, length], past tokens included: what is not padding."""
+        given = [call.get("attention_mask") for call in self._calls]
+        for found in (*given, mask):
+            if isinstance(found, torch.Tensor) and found.ndim == 2 and found.shape[-1] == length:
+                return found.bool().to(device).expand(batch, -1)
+        if isinstance(given[0], torch.Tensor):
+            raise ValueError(
+                f"an attention_mask {list(given[0].shape)} does not say which of the {length} tokens are padding: "
+                "pass one [batch, sequence]"
+            )
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
 
     def _over_prompt(
         self, index: int, layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, Any]] | None:
         """Lets samples leave before layer ``index``, and runs the layer for those that left while others stay."""
         run = self._pass
-        if run.main.columns is None:
+        if run.main.columns is None and index >= self.min_layer:
             hidden = self._part(index, hidden, run)
+        held = run.held(index)
         if run.main.columns is None and run.side is None:
-            return None
+            if held is None or not isinstance(run.cache.layers[index], WithdrawnLayer):
+                return None
+            # Nobody has left yet, but tokens of an earlier turn are gone here.
+            arguments = self._arguments(index, run.main, hidden, kwargs, run)
+            self._set_cache(run.cache, index, run, run.main, held)
+            return hidden, arguments | {"past_key_values": run.cache}
         if run.side is not None:
-            arguments = self._arguments(run.side, hidden, kwargs, run)
+            for group in (run.main, run.side):
+                self._set_cache(group.cache, index, run, group, held)
+            arguments = self._arguments(index, run.side, hidden, kwargs, run)
             self._inside = True
             try:
                 output = layer(run.side.hidden, **arguments)
             finally:
                 self._inside = False
             run.side.hidden = output[0] if isinstance(output, tuple) else output
-            return hidden, self._arguments(run.main, hidden, kwargs, run)
-        arguments = self._arguments(run.main, hidden, kwargs, run)
+            return hidden, self._arguments(index, run.main, hidden, kwargs, run)
+        arguments = self._arguments(index, run.main, hidden, kwargs, run)
         if run.cache is not None:
-            self._put_layer(run.cache, index, WithdrawnLayer(run.main.columns, run.length))
+            self._set_cache(run.cache, index, run, run.main, held)
             arguments["past_key_values"] = run.cache
         return hidden, arguments
+
+    def _set_cache(self, cache: Cache, index: int, run: _PromptPass, group: _Group, held: Columns | None) -> None:
+        """Puts into ``cache`` a layer for a group, with what the model's cache holds of its rows from earlier turns."""
+        if run.cache is None or (held is None and cache is not run.cache):
+            return
+        key = ("kept", id(group), id(held))
+        if key not in run.masks:
+            run.masks[key] = run.kept(group, held)
+        layer = WithdrawnLayer(run.masks[key], run.past + run.length)
+        if held is not None:
+            before = run.cache.layers[index]
+            layer.lazy_initialization(before.keys, before.values)
+            rows = group.rows.to(before.keys.device)
+            whole = len(rows) == run.batch
+            layer.keys = before.keys if whole else before.keys[rows]
+            layer.values = before.values if whole else before.values[rows]
+        while len(cache.layers) < index:
+            cache.layers.append(DynamicLayer())
+        self._put_layer(cache, index, layer)
 
     def _part(self, index: int, hidden: torch.Tensor, run: _PromptPass) -> torch.Tensor:
         """Moves the samples that leave at exit layer ``index`` to the side; returns the rows the model goes on with."""
@@ -338,15 +498,21 @@ class VisualExit:
         run.masks = {}
         return compact[order.to(compact.device)]
 
-    def _arguments(self, group: _Group, hidden: torch.Tensor, kwargs: dict[str, Any], run: _PromptPass) -> dict:
+    def _arguments(
+        self, index: int, group: _Group, hidden: torch.Tensor, kwargs: dict[str, Any], run: _PromptPass
+    ) -> dict[str, Any]:
         arguments = {k: v for k, v in kwargs.items() if k not in ("attention_mask", "past_key_values")}
         mask = kwargs.get("attention_mask")
         if len(group.rows) < run.batch:
             arguments = select_rows(arguments, group.rows, run.batch)
-        key = (id(mask), id(group))
+        held = run.held(index)
+        key = (id(mask), id(group), id(held), self.windows[index])
         if key not in run.masks:
             selected = select_rows(mask, group.rows, run.batch) if len(group.rows) < run.batch else mask
-            if group.columns is not None:
+            if held is not None:
+                before = held.rows(group.rows.to(held.index.device))
+                selected = continued_mask(selected, run.new(group), before, run.past, self.windows[index], self.config)
+            elif group.columns is not None:
                 like = hidden if group.hidden is None else group.hidden
                 selected = compact_mask(selected, group.columns, self.config, like)
             run.masks[key] = selected
@@ -364,33 +530,37 @@ class VisualExit:
             cache.layers.append(layer)
 
     def _merge_caches(self, index: int, run: _PromptPass) -> None:
-        """Writes the keys and values of both groups into the model's cache: full rows as they are, short ones right."""
-        like = run.main.cache.layers[index]
-        device = run.columns.index.device
-        merged = WithdrawnLayer(self._merged_columns(run, device), run.length)
+        """Writes the keys and values of both groups into the model's cache, each row at the right end."""
+        groups = [group for group in (run.main, run.side) if len(group.rows)]
+        filled = [group.cache.layers[index] for group in groups]
+        like = filled[0]
+        merged = WithdrawnLayer(self._merged_columns(index, run), run.past + run.length)
         merged.lazy_initialization(like.keys, like.values)
+        width = merged.columns.index.shape[1]
         for name in ("keys", "values"):
-            full = getattr(like, name)
-            together = full.new_zeros(run.batch, full.shape[1], run.length, full.shape[3])
-            together[run.main.rows.to(full.device)] = full
-            short = getattr(run.side.cache.layers[index], name)
-            together[run.side.rows.to(full.device), :, run.length - short.shape[2] :] = short.to(full.device)
+            part = getattr(like, name)
+            together = part.new_zeros(run.batch, part.shape[1], width, part.shape[3])
+            for group, layer in zip(groups, filled):
+                part = getattr(layer, name)
+                together[group.rows.to(part.device), :, width - part.shape[2] :] = part.to(together.device)
             setattr(merged, name, together)
         self._put_layer(run.cache, index, merged)
-        for group in (run.main, run.side):
-            group.cache.layers[index].reset()
+        for layer in filled:
+            layer.reset()
 
     @staticmethod
-    def _merged_columns(run: _PromptPass, device: torch.device) -> Columns:
-        key = (0, id(run.side))
+    def _merged_columns(index: int, run: _PromptPass) -> Columns:
+        held = run.held(index)
+        key = ("merged", id(run.side), id(held))
         if key not in run.masks:
-            index = torch.arange(run.length, device=device).repeat(run.batch, 1)
-            valid = (run.prompt.text | run.prompt.visual).clone()
-            side, short = run.side.rows.to(device), run.side.columns
-            valid[side] = False
-            index[side, run.length - short.index.shape[1] :] = short.index
-            valid[side, run.length - short.index.shape[1] :] = short.valid
-            run.masks[key] = Columns(index, valid, ragged=True)
+            parts = [(group.rows.to(run.valid.device), run.kept(group, held)) for group in (run.main, run.side)]
+            width = max(columns.index.shape[1] for _, columns in parts)
+            places = torch.zeros(run.batch, width, dtype=torch.long, device=run.valid.device)
+            valid = torch.zeros_like(places, dtype=torch.bool)
+            for rows, columns in parts:
+                start = width - columns.index.shape[1]
+                places[rows, start:], valid[rows, start:] = columns.index, columns.valid
+            run.masks[key] = Columns(places, valid, ragged=True)
         return run.masks[key]
 
     def _while_decoding(
@@ -403,8 +573,7 @@ class VisualExit:
         layer = cache.layers[index]
         key = (id(layer.columns), self.windows[index])
         if key not in self._masks:
-            attention_mask = self._seen.get("attention_mask")
-            if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-                attention_mask = None
+            given = (call.get("attention_mask") for call in self._calls)
+            attention_mask = next((m for m in given if isinstance(m, torch.Tensor) and m.ndim == 2), None)
             self._masks[key] = layer.mask(self.config, hidden, attention_mask, self.windows[index])
         return hidden, kwargs | {"attention_mask": self._masks[key], "position_ids": None}

@@ -13,6 +13,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from dyvte.tokens import find_decoder
+
 IMAGE_ID = 90
 PATCHES = 16
 LAYERS = 6
@@ -91,32 +93,40 @@ def batch_of(*prompts: list[int], side: str = "left", seed: int = 0) -> dict[str
 
 @contextmanager
 def masked_visual_columns(model, visual: torch.Tensor, exits: torch.Tensor):
-    """The definition of an exit: from layer e on, no text query sees a visual key. Nothing is dropped.
+    """The definition of an exit: from layer e on, no non-visual query sees a visual key. Nothing is dropped.
 
-    Works on prompts and on whole sequences (``use_cache=False``) of an eager model.
+    Works on any eager model and in every way it may be run: prompts, whole sequences (``use_cache=False``), further
+    tokens on a cache (sliding layers hold only the last columns of it), beams (rows of one sample stand together).
 
     Args:
-        visual: bool [batch, sequence].
-        exits: long [batch].
+        visual: bool [samples, sequence], of the whole conversation.
+        exits: long [samples], or [samples, sequence]: the exit layer of the image that a visual column belongs to.
     """
+    exits = exits[:, None].expand_as(visual) if exits.ndim == 1 else exits
 
     def hook(index):
         def before(module, args, kwargs):
-            mask = kwargs["attention_mask"]
+            mask, cache = kwargs["attention_mask"], kwargs.get("past_key_values")
+            hidden = args[0] if args else kwargs["hidden_states"]
             assert mask is not None and mask.ndim == 4, "the definition needs an eager model"
-            batch, length = len(exits), mask.shape[-1]
-            hidden_key = torch.zeros(batch, length, dtype=torch.bool)
-            hidden_key[:, : visual.shape[1]] = visual & (exits <= index)[:, None]
-            query = torch.ones(batch, length, dtype=torch.bool)
-            query[:, : visual.shape[1]] = ~visual
-            blocked = (query[:, :, None] & hidden_key[:, None, :])[:, None]
+            batch, new = hidden.shape[:2]
+            past = cache.get_seq_length(index) if cache is not None else 0
+            total, rows = past + new, batch // len(visual)
+            see = torch.zeros(len(visual), max(total, visual.shape[1]), dtype=torch.bool)
+            see[:, : visual.shape[1]] = visual
+            gone = torch.zeros_like(see)
+            gone[:, : visual.shape[1]] = visual & (exits <= index)
+            query = ~see[:, past:total].repeat_interleave(rows, 0)
+            key = gone[:, total - mask.shape[-1] : total].repeat_interleave(rows, 0)
+            blocked = (query[:, :, None] & key[:, None, :])[:, None]
             mask = mask.expand(batch, -1, -1, -1).masked_fill(blocked, torch.finfo(mask.dtype).min)
             return args, kwargs | {"attention_mask": mask}
 
         return before
 
-    layers = model.get_decoder().layers
-    hooks = [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    hooks = [
+        layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(find_decoder(model).layers)
+    ]
     try:
         yield
     finally:
