@@ -58,12 +58,20 @@ class WithdrawnLayer(DynamicLayer):
         return self.get_seq_length() - self.columns.index.shape[1]
 
     def crop(self, tokens_to_remove: int) -> None:
-        if abs(tokens_to_remove) > self.later:
-            raise ValueError(
-                f"the cache cannot be cropped by {abs(tokens_to_remove)} tokens: only {self.later} follow the prompt, "
-                "whose visual tokens are gone. Start a new cache instead"
-            )
+        """Like its parent's; the columns removed must be held by every sample."""
+        into = abs(tokens_to_remove) - self.later
+        if into > 0:
+            index = self.columns.index
+            last = torch.arange(self.end - into, self.end, device=index.device)
+            if into >= index.shape[1] or not bool((index[:, -into:] == last).all()):
+                raise ValueError(
+                    f"the cache cannot be cropped by {abs(tokens_to_remove)} tokens: visual tokens among them are gone "
+                    "from some layers. Start a new cache instead"
+                )
         super().crop(tokens_to_remove)
+        if into > 0:
+            kept, valid = self.columns.index[:, :-into], self.columns.valid[:, :-into]
+            self.columns, self.end = Columns(kept, valid, self.columns.ragged), self.end - into
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         # Beams of one sample share their prompt, and reordering never crosses samples: columns stay as they are.

@@ -99,8 +99,8 @@ def smallest_exit(model: nn.Module, decoder: nn.Module) -> int:
             return max(len(indexes), 1)
         pairs = getattr(found, "deepstack_layer_map", None)  # (layer of the vision tower, decoder layer)
         if pairs is not None:
-            targets = [layer for _, layer in (*pairs, *((0, t) for t in getattr(found, "spatial_target_layers", ())))]
-            return max(targets) + 1
+            more = getattr(found, "spatial_target_layers", None) or ()
+            return max([layer for _, layer in pairs] + list(more)) + 1
     takes = [name for name in inspect.signature(decoder.forward).parameters if name.startswith("deepstack")]
     if takes:
         raise ValueError(

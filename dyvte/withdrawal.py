@@ -356,12 +356,27 @@ class VisualExit:
         if past > 0 and not bool(visual.any()):
             return None
         valid = self._valid(batch, past + length, mask, hidden.device)
-        run = _PromptPass(Prompt.of(visual, valid[:, past:]), cache, valid[:, :past], self.num_layers)
+        answer = self._beyond_prompt(past, length, visual)
+        run = _PromptPass(Prompt.of(visual, valid[:, past:], answer), cache, valid[:, :past], self.num_layers)
         run.planned = self.policy.plan(batch, self.num_layers)
         if run.planned is not None:
             planned = run.planned.clamp(min=self.min_layer)
             run.planned = torch.where(run.prompt.can_leave, planned, self.num_layers)
         return run
+
+    def _beyond_prompt(self, past: int, length: int, visual: torch.Tensor) -> torch.Tensor | None:
+        """bool [batch, length], what ``generate`` added to its prompt: guesses of an assistant, answers uncached.
+
+        They go with the text but have no say in the decision, which is that of the prompt alone.
+        """
+        ids = self._calls[0].get("input_ids")
+        given = self._generate_call
+        prompt = next((given[n] for n in ("inputs", "input_ids") if given.get(n) is not None), None)
+        if prompt is None or not isinstance(ids, torch.Tensor) or ids.shape[1] != length:
+            return None
+        if prompt.shape[1] >= past + length:
+            return None
+        return (torch.arange(length, device=visual.device) >= prompt.shape[1] - past).expand_as(visual)
 
     def _brings_images(self) -> bool:
         """Whether a later call has new images: placeholder ids alone may be generated, or guessed by a lookup."""

@@ -63,6 +63,7 @@ class Family:
         first: the smallest exit layer.
         looks: what it can look at.
         attentions: the attention implementations that run on a CPU.
+        later_images: whether transformers' ``generate`` takes new images on a continued cache.
         extra: more inputs from the ids, such as token types.
     """
 
@@ -74,6 +75,7 @@ class Family:
     first: int = 1
     looks: tuple[str, ...] = ("image",)
     attentions: tuple[str, ...] = ("eager", "sdpa")
+    later_images: bool = True
     extra: Callable[[torch.Tensor], Pixels] = field(default=lambda ids: {})
 
     @functools.cache  # noqa: B019
@@ -417,8 +419,24 @@ FAMILIES = {
             lambda k, g: plain_image(4, k, g, (START, END)),
             looks=BOTH,
         ),
-        Family("qwen2_vl", qwen2_vl, "Qwen2VLForConditionalGeneration", grid, looks=ALL, extra=token_types),
-        Family("qwen2_5_vl", qwen2_5_vl, "Qwen2_5_VLForConditionalGeneration", grid, looks=ALL, extra=token_types),
+        Family(
+            "qwen2_vl",
+            qwen2_vl,
+            "Qwen2VLForConditionalGeneration",
+            grid,
+            looks=ALL,
+            extra=token_types,
+            later_images=False,
+        ),
+        Family(
+            "qwen2_5_vl",
+            qwen2_5_vl,
+            "Qwen2_5_VLForConditionalGeneration",
+            grid,
+            looks=ALL,
+            extra=token_types,
+            later_images=False,
+        ),
         Family(
             "qwen3_vl",
             qwen3_vl,
@@ -427,6 +445,7 @@ FAMILIES = {
             first=2,
             looks=ALL,
             extra=token_types,
+            later_images=False,
         ),
         Family(
             "gemma3",
@@ -472,10 +491,70 @@ FAMILIES = {
         Family(
             "aya_vision", aya_vision, "AyaVisionForConditionalGeneration", lambda k, g: plain_image(4, k, g), looks=BOTH
         ),
-        Family("glm4v", glm4v, "Glm4vForConditionalGeneration", grid, looks=BOTH, extra=token_types),
+        Family(
+            "glm4v", glm4v, "Glm4vForConditionalGeneration", grid, looks=BOTH, extra=token_types, later_images=False
+        ),
         Family(
             "ovis2", ovis2, "Ovis2ForConditionalGeneration", lambda k, g: plain_image(16, k, g, (95, 96)), looks=BOTH
         ),
     )
 }
-REFUSED = {"qwen3_5": (qwen3_5, "Qwen3_5ForConditionalGeneration")}
+
+
+def gemma3n() -> tf.PreTrainedConfig:
+    return tf.Gemma3nTextConfig(
+        **TEXT | {"intermediate_size": [48] * LAYERS},
+        vocab_size_per_layer_input=100,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * LAYERS,
+        num_kv_shared_layers=0,
+    )
+
+
+def gemma4() -> tf.PreTrainedConfig:
+    vision = {**VISION, "num_key_value_heads": 2, "head_dim": 8}
+    sizes = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 100, "global_head_dim": 8}
+    return tf.Gemma4Config(text_config={**TEXT, **sizes}, vision_config=vision, image_token_id=IMAGE)
+
+
+def mllama() -> tf.PreTrainedConfig:
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+        "num_global_layers": 1,
+        "vision_output_dim": 32,
+        "intermediate_layers_indices": [0],
+        "max_num_tiles": 1,
+        "supported_aspect_ratios": [[1, 1]],
+    }
+    return tf.MllamaConfig(
+        text_config={**TEXT, "cross_attention_layers": [1]}, vision_config=vision, image_token_index=IMAGE
+    )
+
+
+def llama4() -> tf.PreTrainedConfig:
+    vision = {**VISION, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
+    text = {**TEXT, "num_local_experts": 2, "intermediate_size_mlp": 48}
+    return tf.Llama4Config(text_config=text, vision_config=vision, image_token_index=IMAGE)
+
+
+def llama_with_shared_keys() -> tf.PreTrainedConfig:
+    config = tf.LlamaConfig(**TEXT)
+    config.kv_sharing_modes = ["own"] * (LAYERS - 1) + ["reuse"]
+    return config
+
+
+# name: (config, class, what the refusal says)
+REFUSED = {
+    "qwen3_5": (qwen3_5, "Qwen3_5ForConditionalGeneration", "'linear_attention' layer.*its state mixes all tokens"),
+    "gemma3n": (gemma3n, "Gemma3nForCausalLM", "takes an input of its own for every token"),
+    "gemma4": (gemma4, "Gemma4ForConditionalGeneration", "takes an input of its own for every token"),
+    "mllama": (mllama, "MllamaForConditionalGeneration", "cross attention, so there are no visual tokens"),
+    "llama4": (llama4, "Llama4ForConditionalGeneration", "'chunked_attention' layer"),
+    "shared keys": (llama_with_shared_keys, "LlamaForCausalLM", "no keys and values of its own"),
+}

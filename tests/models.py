@@ -96,7 +96,8 @@ def masked_visual_columns(model, visual: torch.Tensor, exits: torch.Tensor):
     """The definition of an exit: from layer e on, no non-visual query sees a visual key. Nothing is dropped.
 
     Works on any eager model and in every way it may be run: prompts, whole sequences (``use_cache=False``), further
-    tokens on a cache (sliding layers hold only the last columns of it), beams (rows of one sample stand together).
+    tokens on a cache (sliding layers hold only the last columns of it), beams (rows of one sample stand together). In
+    a later turn nothing, new images included, sees what has left before.
 
     Args:
         visual: bool [samples, sequence], of the whole conversation.
@@ -118,7 +119,8 @@ def masked_visual_columns(model, visual: torch.Tensor, exits: torch.Tensor):
             gone[:, : visual.shape[1]] = visual & (exits <= index)
             query = ~see[:, past:total].repeat_interleave(rows, 0)
             key = gone[:, total - mask.shape[-1] : total].repeat_interleave(rows, 0)
-            blocked = (query[:, :, None] & key[:, None, :])[:, None]
+            before = torch.arange(total - mask.shape[-1], total) < past
+            blocked = ((query[:, :, None] | before) & key[:, None, :])[:, None]
             mask = mask.expand(batch, -1, -1, -1).masked_fill(blocked, torch.finfo(mask.dtype).min)
             return args, kwargs | {"attention_mask": mask}
 
