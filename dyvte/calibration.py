@@ -6,6 +6,7 @@ there, is all known beforehand.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,20 +64,14 @@ def disagreement(same: torch.Tensor, exits: torch.Tensor) -> torch.Tensor:
 def clopper_pearson(errors: torch.Tensor | int, n: int, delta: float) -> torch.Tensor:
     """Exact upper confidence bound of a binomial rate: it is exceeded with probability ``delta`` at most."""
     errors = torch.as_tensor(errors, dtype=torch.double)
-    upper = torch.from_numpy(beta.ppf(1 - delta, errors.numpy() + 1, n - errors.numpy()))
+    upper = torch.as_tensor(beta.ppf(1 - delta, errors.numpy() + 1, n - errors.numpy()))
     return upper.nan_to_num(1.0)
 
 
 def samples_needed(alpha: float, delta: float) -> int:
     """The fewest calibration samples that can prove a risk below ``alpha``: even without one error."""
-    n = 1
-    while clopper_pearson(0, n, delta) > alpha:
-        n *= 2
-    low, high = n // 2, n
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if clopper_pearson(0, middle, delta) > alpha else (low, middle)
-    return high
+    # Without an error the bound is 1 - delta ** (1 / n).
+    return math.ceil(math.log(delta) / math.log1p(-alpha))
 
 
 def risk_curve(probability: torch.Tensor, same: torch.Tensor, delta: float = 0.1, points: int = 1000) -> RiskCurve:

@@ -105,10 +105,10 @@ Question = tuple[str, str]
 Cells = list[list[int]]
 
 
-def _once(digits: Cells) -> list[tuple[int, int]]:
-    """Places of the digits that occur once in the scene, so that "the 7" names one of them."""
-    flat = [d for row in digits for d in row]
-    return [(r, c) for r in range(GRID) for c in range(GRID) if flat.count(digits[r][c]) == 1]
+def _once(cells: Cells) -> list[tuple[int, int]]:
+    """Places of the digits (or colours) that occur once in the scene, so that "the 7" names one of them."""
+    flat = [value for row in cells for value in row]
+    return [(r, c) for r in range(GRID) for c in range(GRID) if flat.count(cells[r][c]) == 1]
 
 
 def _arithmetic(digits: Cells, colours: Cells, rng: random.Random) -> Question:
@@ -134,6 +134,14 @@ def _colour_of(digits: Cells, colours: Cells, rng: random.Random) -> Question | 
     return f"which colour is the {digits[r][c]} ?", COLOUR_NAMES[colours[r][c]]
 
 
+def _digit_of(digits: Cells, colours: Cells, rng: random.Random) -> Question | None:
+    places = _once(colours)
+    if not places:
+        return None
+    r, c = rng.choice(places)
+    return f"which digit is {COLOUR_NAMES[colours[r][c]]} ?", str(digits[r][c])
+
+
 def _count_digit(digits: Cells, colours: Cells, rng: random.Random) -> Question:
     flat = [d for row in digits for d in row]
     # Digits of the scene three times in four: asking for any digit would make "0" the safe guess.
@@ -151,6 +159,15 @@ def _any_digit(digits: Cells, colours: Cells, rng: random.Random) -> Question:
     missing = [d for d in range(10) if d not in flat]  # nine cells: at least one digit is missing
     digit, answer = (rng.choice(sorted(flat)), "yes") if rng.random() < 0.5 else (rng.choice(missing), "no")
     return f"is there a {digit} ?", answer
+
+
+def _any_colour(digits: Cells, colours: Cells, rng: random.Random) -> Question | None:
+    present = {c for row in colours for c in row}
+    missing = [c for c in range(len(COLOURS)) if c not in present]
+    if not missing:  # or "yes" would be the safe guess
+        return None
+    colour, answer = (rng.choice(sorted(present)), "yes") if rng.random() < 0.5 else (rng.choice(missing), "no")
+    return f"is there a {COLOUR_NAMES[colour]} ?", answer
 
 
 def _largest(digits: Cells, colours: Cells, rng: random.Random) -> Question:
@@ -178,9 +195,11 @@ KINDS: dict[str, Callable[[Cells, Cells, random.Random], Question | None]] = {
     "digit_at": _digit_at,
     "colour_at": _colour_at,
     "colour_of": _colour_of,
+    "digit_of": _digit_of,
     "count_digit": _count_digit,
     "count_colour": _count_colour,
     "any_digit": _any_digit,
+    "any_colour": _any_colour,
     "largest": _largest,
     "left_of": _left_of,
     "read_row": _read_row,

@@ -1,0 +1,84 @@
+"""What the benchmarks share: a LLaVA-1.5-shaped decoder of any width, prompts for it, alternating timing, a record."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import dyvte
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def llava_shaped_decoder(
+    width: int = 256, layers: int = 32, attention: str = "sdpa", dtype: torch.dtype = torch.float32
+) -> LlamaForCausalLM:
+    """The decoder of LLaVA-1.5-7B (32 layers, MLP 2.6875 times as wide, heads of 128), narrower to fit a CPU."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=width,
+        intermediate_size=int(width * 2.6875),
+        num_hidden_layers=layers,
+        num_attention_heads=max(width // 128, 2),
+        max_position_embeddings=4096,
+    )
+    config._attn_implementation = attention
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return LlamaForCausalLM(config).to(device=device, dtype=dtype).eval()
+
+
+def prompt(
+    model: LlamaForCausalLM, batch: int = 1, before: int = 35, visual: int = 576, after: int = 25, seed: int = 0
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Random embeddings in the order of a LLaVA prompt, and the mask of the visual ones."""
+    length = before + visual + after
+    generator = torch.Generator().manual_seed(seed)
+    embeds = torch.randn(batch, length, model.config.hidden_size, generator=generator)
+    mask = torch.zeros(batch, length, dtype=torch.bool)
+    mask[:, before : before + visual] = True
+    inputs = {"inputs_embeds": embeds.to(model.device, model.dtype)}
+    return inputs, mask.to(model.device)
+
+
+def alternate(runs: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of every run, in turn, so that a drifting machine hits all alike."""
+    cuda = torch.cuda.is_available()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(warmup + repeats):
+        for name, run in runs.items():
+            if cuda:
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            run()
+            if cuda:
+                torch.cuda.synchronize()
+            if repeat >= warmup:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
+    """Median over rounds of one run's time divided by another's in the same round."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base]))
+
+
+def record(name: str, result: dict[str, Any]) -> None:
+    """Prints a result and writes it to results/NAME.json with versions and hardware."""
+    result |= {
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "versions": {"dyvte": dyvte.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))

@@ -1,0 +1,352 @@
+"""The ``dyvte`` program: trace -> train -> evaluate, and a demo. Each command reads a YAML file and key=value pairs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dyvte import __version__
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a config: its default and what it means. ``...`` as default: the user has to give it."""
+
+    default: Any
+    help: str
+
+
+MODEL_KEYS = {
+    "model": Key(..., "the MLLM: a local folder or a hub id"),
+    "revision": Key(None, "revision of the model on the hub"),
+    "dtype": Key("auto", "type to load it in: auto, float32, bfloat16, float16"),
+    "attention": Key(None, "attention implementation: sdpa, eager, flash_attention_2; default: the model's"),
+    "device": Key("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one"),
+    "threads": Key(None, "CPU threads of this process"),
+}
+
+COMMANDS: dict[str, tuple[str, dict[str, Key]]] = {
+    "trace": (
+        "Run a frozen MLLM over questions once, and write down what every exit layer would do to every answer.\n"
+        "Interrupted runs go on where they stopped. Several processes share the work:\n"
+        "  torchrun --nproc_per_node 8 train/trace.py configs/trace.yaml\n"
+        "Example:\n"
+        "  dyvte trace configs/trace.yaml data.scenes.n=500 output=runs/traces/small",
+        MODEL_KEYS
+        | {
+            "data": Key(..., "what to ask: scenes or any datasets source, see configs/data/"),
+            "output": Key(..., "folder of the traces"),
+            "answers": Key("dense", "dense: trace the model's own greedy answer; dataset: the given one"),
+            "batch_size": Key(8, "samples per forward pass"),
+            "max_new_tokens": Key(16, "longest answer"),
+            "shard_size": Key(256, "samples per shard, the unit a restart repeats"),
+        },
+    ),
+    "train": (
+        "Train exit heads from traces (seconds on a CPU; the MLLM is not needed) and choose the threshold that keeps\n"
+        "P(answer changes) <= alpha with confidence 1 - delta on traces that trained nothing.\n"
+        "Example:\n"
+        "  dyvte train configs/train.yaml alpha=0.02 output=runs/heads",
+        {
+            "traces": Key(..., "trace folder(s) to train on"),
+            "calibration": Key(..., "held-out trace folder(s) to choose the threshold on"),
+            "output": Key(..., "folder of the heads"),
+            "alpha": Key(0.01, "the rate of changed answers to stay below"),
+            "delta": Key(0.1, "1 - confidence of that promise"),
+            "fit": Key(
+                {}, "training settings: form, width, label_rule, epochs, batch_size, lr, weight_decay, seed ..."
+            ),
+            "threads": Key(None, "CPU threads of this process"),
+        },
+    ),
+    "calibrate": (
+        "Choose another threshold for trained heads, from held-out traces.\n"
+        "Example:\n"
+        "  dyvte calibrate heads=checkpoints/reference-heads traces=runs/traces/calibration alpha=0.005",
+        {
+            "heads": Key(..., "folder of the heads"),
+            "traces": Key(..., "held-out trace folder(s)"),
+            "output": Key(None, "folder of the recalibrated heads; default: in place"),
+            "alpha": Key(0.01, "the rate of changed answers to stay below"),
+            "delta": Key(0.1, "1 - confidence of that promise"),
+            "threads": Key(None, "CPU threads of this process"),
+        },
+    ),
+    "evaluate": (
+        "Ask held-out questions, dense and with every policy: score, agreement, exit layers, compute and time saved.\n"
+        "Example:\n"
+        "  dyvte evaluate configs/evaluate.yaml 'policies={learned: {}, fixed-6: {layer: 6}}' output=runs/eval/mine",
+        MODEL_KEYS
+        | {
+            "heads": Key(None, "folder or hub id of exit heads, for learned policies"),
+            "data": Key(..., "what to ask: scenes or any datasets source, see configs/data/"),
+            "output": Key(..., "folder of the results"),
+            "policies": Key(
+                {"learned": {}},
+                "what to compare with the dense model: learned {threshold, min_layer, heads}, fixed-6 {layer}, "
+                "random {p, seed}",
+            ),
+            "batch_size": Key(8, "samples per forward pass"),
+            "max_new_tokens": Key(16, "longest answer"),
+            "metric": Key("exact_match", "how answers are scored"),
+        },
+    ),
+    "report": (
+        "Turn the results of evaluate into one self-contained HTML page and pictures.\n"
+        "Example:\n"
+        "  dyvte report directory=runs/eval/reference",
+        {"directory": Key(..., "folder of results")},
+    ),
+    "convert": (
+        "Turn gates trained by the original DyVTE code into exit heads that decide the same.\n"
+        "Example:\n"
+        "  dyvte convert weights=gates.bin base_model=llava-hf/llava-1.5-7b-hf output=runs/original-heads",
+        {
+            "weights": Key(
+                ..., "safetensors or torch file with model.visual_gates_router.{i}.w1.weight and .w2.weight"
+            ),
+            "base_model": Key(..., "hub id or path of the model they were trained for"),
+            "output": Key(..., "folder of the heads"),
+        },
+    ),
+    "demo": (
+        "Answer held-out questions with the shipped reference MLLM, dense and with exits; print a table and\n"
+        "draw a picture.",
+        {
+            "model": Key("checkpoints/reference-mllm", "the MLLM"),
+            "heads": Key("checkpoints/reference-heads", "its exit heads"),
+            "per_kind": Key(32, "questions of each kind; timed as one batch"),
+            "repeats": Key(5, "timed runs of every batch, dense and with exits in turn"),
+            "output": Key("runs/demo", "folder of the picture and the numbers"),
+            "threads": Key(1, "CPU threads of this process"),
+        },
+    ),
+}
+
+
+def read_config(command: str, file: str | None, overrides: list[str]) -> dict[str, Any]:
+    """Defaults, then the YAML file, then key=value pairs; dots reach into mappings.
+
+    Raises:
+        ValueError: an unknown key, a required one that is missing, or something that is not key=value.
+    """
+    keys = COMMANDS[command][1]
+    config: dict[str, Any] = {name: key.default for name, key in keys.items()}
+    if file is not None:
+        if not Path(file).is_file():
+            raise ValueError(f"there is no config file {file}: give a YAML file, or only key=value pairs")
+        given = yaml.safe_load(Path(file).read_text()) or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"{file} must hold a mapping of keys to values")
+        config |= given
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"{override!r} is not key=value: write for example batch_size=4 or data.limit=100")
+        *outer, last = path.split(".")
+        place = config
+        for name in outer:
+            if not isinstance(place.get(name), dict):
+                place[name] = {}
+            place[name] = dict(place[name])
+            place = place[name]
+        place[last] = yaml.safe_load(text)
+    unknown = sorted(set(config) - set(keys))
+    if unknown:
+        raise ValueError(f"unknown keys {', '.join(unknown)} for `dyvte {command}`: choose from {', '.join(keys)}")
+    missing = [name for name, value in config.items() if value is ...]
+    if missing:
+        raise ValueError(f"`dyvte {command}` needs {', '.join(missing)}: set them in the config file or as key=value")
+    return config
+
+
+def load_model(config: dict[str, Any]) -> tuple[Any, Any]:
+    """The MLLM, ready for inference, and its processor."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    device = config["device"]
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    chosen = {"attn_implementation": config["attention"]} if config["attention"] else {}
+    model = AutoModelForImageTextToText.from_pretrained(
+        config["model"], revision=config["revision"] or "main", dtype=config["dtype"], **chosen
+    )
+    processor = AutoProcessor.from_pretrained(config["model"], revision=config["revision"] or "main")
+    return model.eval().to(device), processor
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def trace(config: dict[str, Any]) -> None:
+    from dyvte.data import fingerprint, load_samples
+    from dyvte.traces import write_traces
+
+    model, processor = load_model(config)
+    data = config["data"]
+    write_traces(
+        model,
+        processor,
+        load_samples(data),
+        config["output"],
+        answers=config["answers"],
+        batch_size=config["batch_size"],
+        max_new_tokens=config["max_new_tokens"],
+        template=data.get("template"),
+        provenance=data | {"fingerprint": fingerprint(data)},
+        shard_size=config["shard_size"],
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+    )
+
+
+def train(config: dict[str, Any]) -> None:
+    from dyvte.calibration import calibrate as set_threshold
+    from dyvte.calibration import compare
+    from dyvte.fitting import FitSettings, fit_heads, quality
+    from dyvte.traces import load_traces
+
+    try:
+        settings = FitSettings(**config["fit"])
+    except TypeError as error:
+        known = ", ".join(FitSettings.__dataclass_fields__)
+        raise ValueError(f"wrong training settings: {error}; `fit` takes {known}") from None
+    held_out = load_traces(*as_list(config["calibration"]))
+    heads = fit_heads(load_traces(*as_list(config["traces"])), settings)
+    set_threshold(heads, held_out, config["alpha"], config["delta"])
+    heads.config.training |= {f"calibration_{k}": v for k, v in quality(heads, held_out)["mean"].items()}
+    heads.save_pretrained(config["output"])
+    result = compare(heads, held_out)
+    print(json.dumps({key: result[key] for key in ("samples", "threshold", "learned", "oracle")}, indent=2))
+
+
+def calibrate(config: dict[str, Any]) -> None:
+    from dyvte.calibration import calibrate as set_threshold
+    from dyvte.heads import ExitHeads
+    from dyvte.traces import load_traces
+
+    heads = ExitHeads.from_pretrained(config["heads"])
+    set_threshold(heads, load_traces(*as_list(config["traces"])), config["alpha"], config["delta"])
+    heads.save_pretrained(config["output"] or config["heads"])
+    print(json.dumps(heads.config.calibration, indent=2))
+
+
+def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any]:
+    """Policies by name from a config; the part of a name before the first dash says what it is."""
+    from dyvte.heads import ExitHeads
+    from dyvte.policies import FixedExit, LearnedExit, NeverExit, RandomExit
+
+    makers = {"fixed": FixedExit, "random": RandomExit, "never": NeverExit, "learned": LearnedExit}
+    policies = {}
+    for name, settings in described.items():
+        maker = makers.get(name.split("-")[0])
+        if maker is None:
+            raise ValueError(f"unknown policy {name!r}: start its name with one of {', '.join(makers)}")
+        settings = dict(settings or {})
+        if maker is LearnedExit:
+            folder = settings.pop("heads", heads)
+            if folder is None:
+                raise ValueError(f"policy {name!r} needs exit heads: set heads=FOLDER")
+            settings["heads"] = ExitHeads.from_pretrained(folder)
+        try:
+            policies[name] = maker(**settings)
+        except TypeError as error:
+            raise ValueError(f"wrong settings for policy {name!r}: {error}") from None
+    return policies
+
+
+def evaluate(config: dict[str, Any]) -> None:
+    from dyvte.data import load_samples
+    from dyvte.evaluation import evaluate as run
+
+    policies = make_policies(config["policies"], config["heads"])
+    samples = load_samples(config["data"])
+    model, processor = load_model(config)
+    summary = run(
+        model,
+        processor,
+        samples,
+        policies,
+        config["output"],
+        batch_size=config["batch_size"],
+        max_new_tokens=config["max_new_tokens"],
+        metric=config["metric"],
+        config=config,
+    )
+    print(json.dumps(summary, indent=2))
+
+
+def report(config: dict[str, Any]) -> None:
+    from dyvte.report import report as write
+
+    print(write(config["directory"]))
+
+
+def convert(config: dict[str, Any]) -> None:
+    from dyvte.heads import ExitHeads
+
+    path = Path(config["weights"])
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: give the state dict that the original training saved")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    heads = ExitHeads.from_original(state, base_model=config["base_model"])
+    heads.save_pretrained(config["output"])
+    print(f"{heads.config.num_layers} gates of width {heads.config.hidden_size} -> {config['output']}")
+
+
+def demo(config: dict[str, Any]) -> None:
+    from dyvte.demo import run
+
+    run(**{key: value for key, value in config.items() if key != "threads"})
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="dyvte", description=__doc__)
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (text, keys) in COMMANDS.items():
+        lines = [text, "", "keys:"]
+        for key, about in keys.items():
+            default = "required" if about.default is ... else f"default: {json.dumps(about.default)}"
+            lines.append(f"  {key:15} {about.help} ({default})")
+        command = commands.add_parser(
+            name,
+            help=text.splitlines()[0],
+            description="\n".join(lines),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("config", nargs="?", help="YAML file")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set, dots reach into mappings")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    file, overrides = options.config, options.overrides
+    if file is not None and "=" in file:
+        file, overrides = None, [file, *overrides]
+    try:
+        config = read_config(options.command, file, overrides)
+        if config.get("threads"):
+            torch.set_num_threads(config.pop("threads"))
+        globals()[options.command](config)
+    except ValueError as error:
+        sys.exit(f"dyvte {options.command}: {error}")
+
+
+if __name__ == "__main__":
+    main()
