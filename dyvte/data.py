@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import string
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import datasets
+import yaml
 from PIL import Image
 from transformers import BatchFeature
 
@@ -72,6 +74,23 @@ class Sample:
     answers: list[str]
     choices: list[str]
     kind: str
+
+
+def read_config(source: Mapping[str, Any] | str | os.PathLike) -> dict[str, Any]:
+    """A config from a YAML file, or the mapping itself.
+
+    Raises:
+        ValueError: there is no such file, or it holds no mapping.
+    """
+    if isinstance(source, Mapping):
+        return dict(source)
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"there is no data config {path}: give a YAML file such as configs/data/gqa.yaml")
+    config = yaml.safe_load(path.read_text())
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{path} must hold a mapping with the keys {', '.join(KEYS)}")
+    return dict(config)
 
 
 def load_samples(config: Mapping[str, Any]) -> Sequence[Sample]:

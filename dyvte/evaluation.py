@@ -101,10 +101,10 @@ def evaluate(
         progress: whether to show a bar.
 
     Returns:
-        The content of ``summary.json``. Times are in seconds: prefill is everything up to the first new token, the
-        vision tower included; decode is per further token of a batch. Shares lie in 0 ... 1; bytes and floating-point
-        operations are of a single sample's prompt in the decoder, padding left out, but for ``cache_bytes``, which is
-        what the cache of a whole batch took.
+        The content of ``summary.json``. Times are in seconds per batch: prefill is everything up to the first new
+        token, the vision tower included, of which decoder is its layers alone; decode is per further token. Shares lie
+        in 0 ... 1. Bytes and floating-point operations are of a single sample's prompt in the decoder, padding left
+        out, but for ``cache_bytes``, which is what the cache of a whole batch took.
 
     Raises:
         ValueError: no samples, bad names or sizes, or a folder that holds results of something else.
@@ -269,17 +269,38 @@ class _Run:
         held = exit_layer * (text + visual) + (self.num_layers - exit_layer) * text
         return 2 * held * heads * size * self.model.dtype.itemsize
 
-    def seconds(self, inputs: dict[str, Any], tokens: int, policy: Policy | None, samples: list[Sample]) -> Any:
-        """Time to generate exactly ``tokens`` tokens, and the bytes of the cache afterwards."""
+    def seconds(
+        self, inputs: dict[str, Any], tokens: int, policy: Policy | None, samples: list[Sample]
+    ) -> dict[str, float]:
+        """Generates exactly ``tokens`` tokens: seconds in all (``whole``), bytes of the cache, and, for a single token,
+        the seconds its layers took (``decoder``).
+        """
+        ticks: dict[str, float] = {}
+
+        def tick(name: str) -> None:
+            _wait(self.model.device)
+            ticks[name] = time.perf_counter()
+
+        layers = find_decoder(underlying_model(self.model)).layers
+        hooks = []
         with self.under(policy, samples):
-            _wait(self.model.device)
-            start = time.perf_counter()
-            out = self.generate(inputs, tokens, min_new_tokens=tokens, return_dict_in_generate=True)
-            _wait(self.model.device)
-            spent = time.perf_counter() - start
-        layers = getattr(out.past_key_values, "layers", [])
-        tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
-        return spent, sum(t.numel() * t.element_size() for t in tensors)
+            if tokens == 1:  # around whatever the policy does in its own hooks on these layers
+                hooks.append(layers[0].register_forward_pre_hook(lambda *_: tick("first"), prepend=True))
+                hooks.append(layers[-1].register_forward_hook(lambda *_: tick("last")))
+            try:
+                tick("start")
+                out = self.generate(inputs, tokens, min_new_tokens=tokens, return_dict_in_generate=True)
+                tick("end")
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        cached = getattr(out.past_key_values, "layers", [])
+        tensors = [t for layer in cached for t in (layer.keys, layer.values) if t is not None]
+        return {
+            "whole": ticks["end"] - ticks["start"],
+            "decoder": ticks["last"] - ticks["first"] if "last" in ticks else float("nan"),
+            "cache": sum(t.numel() * t.element_size() for t in tensors),
+        }
 
 
 def _wait(device: torch.device) -> None:
@@ -377,33 +398,33 @@ def _time_policy(
     """Medians over batches, each measured twice: the dense model first, then the policy first."""
     tokens = run.max_new_tokens
     pair = {DENSE: None, "exit": policy}
-    prefill: dict[str, list[float]] = {name: [] for name in pair}
-    whole: dict[str, list[float]] = {name: [] for name in pair}
-    cache: dict[str, list[int]] = {name: [] for name in pair}
+    prefill: dict[str, list[dict[str, float]]] = {name: [] for name in pair}
+    decode: dict[str, list[float]] = {name: [] for name in pair}
     for name in pair:  # warm-up: the first calls allocate and compile
         run.seconds(encoded[0], min(2, tokens), pair[name], groups[0])
     for order in (list(pair), list(pair)[::-1]):
         for group, inputs in zip(groups, encoded):
             for name in order:
-                spent, held = run.seconds(inputs, 1, pair[name], group)
-                prefill[name].append(spent)
-                cache[name].append(held)
-            for name in order:
-                if tokens > 1:
-                    whole[name].append(run.seconds(inputs, tokens, pair[name], group)[0])
-    result: dict[str, Any] = {
+                prefill[name].append(run.seconds(inputs, 1, pair[name], group))
+            for name in order if tokens > 1 else ():
+                whole = run.seconds(inputs, tokens, pair[name], group)["whole"]
+                decode[name].append((whole - prefill[name][-1]["whole"]) / (tokens - 1))
+
+    def medians(key: str) -> dict[str, float]:
+        return {name: statistics.median(measured[key] for measured in prefill[name]) for name in pair}
+
+    def ratio(key: str) -> float:
+        return statistics.median(e[key] / d[key] for d, e in zip(prefill[DENSE], prefill["exit"]))
+
+    return {
         "batches": len(groups),
-        "prefill_seconds": {name: statistics.median(values) for name, values in prefill.items()},
-        "prefill_ratio": statistics.median(e / d for d, e in zip(prefill[DENSE], prefill["exit"])),
-        "cache_bytes": {name: statistics.median(values) for name, values in cache.items()},
-        "decode_seconds": None,
+        "prefill_seconds": medians("whole"),
+        "prefill_ratio": ratio("whole"),
+        "decoder_seconds": medians("decoder"),
+        "decoder_ratio": ratio("decoder"),
+        "decode_seconds": {name: statistics.median(decode[name]) for name in pair} if tokens > 1 else None,
+        "cache_bytes": medians("cache"),
     }
-    if tokens > 1:
-        step = {
-            name: statistics.median(w - p for w, p in zip(whole[name], prefill[name])) / (tokens - 1) for name in pair
-        }
-        result["decode_seconds"] = step
-    return result
 
 
 def summarise(

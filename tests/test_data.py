@@ -209,12 +209,21 @@ def private_cache(tmp_path_factory, monkeypatch):
 def test_every_config_is_tested_and_names_a_metric():
     assert {path.stem for path in CONFIGS} == set(EXPECTED) | {"scenes"}
     for path in CONFIGS:
-        assert yaml.safe_load(path.read_text())["metric"] in METRICS
+        assert data.read_config(path)["metric"] in METRICS
+
+
+def test_configs_are_read_from_files_or_mappings(tmp_path):
+    (tmp_path / "list.yaml").write_text("[1]")
+    assert data.read_config({"a": 1}) == {"a": 1}
+    with pytest.raises(ValueError, match="must hold a mapping"):
+        data.read_config(tmp_path / "list.yaml")
+    with pytest.raises(ValueError, match="there is no data config"):
+        data.read_config(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_ready_configs_read_the_layout_of_the_hub(name, tmp_path):
-    config = yaml.safe_load((ROOT / "configs" / "data" / f"{name}.yaml").read_text())
+    config = data.read_config(ROOT / "configs" / "data" / f"{name}.yaml")
     globals()[f"write_{name}"](tmp_path / "copy")
     samples = data.load_samples(config | {"path": str(tmp_path / "copy")})
     last = samples[len(samples) - 1]
@@ -227,10 +236,10 @@ def test_ready_configs_read_the_layout_of_the_hub(name, tmp_path):
 
 def test_optional_text_and_joined_images(tmp_path):
     write_scienceqa(tmp_path / "s")
-    config = yaml.safe_load((ROOT / "configs/data/scienceqa.yaml").read_text()) | {"path": str(tmp_path / "s")}
+    config = data.read_config(ROOT / "configs/data/scienceqa.yaml") | {"path": str(tmp_path / "s")}
     assert data.load_samples(config)[0].question.startswith("Context: Look.\nWhich?")
     write_gqa(tmp_path / "g")
-    config = yaml.safe_load((ROOT / "configs/data/gqa.yaml").read_text()) | {"path": str(tmp_path / "g")}
+    config = data.read_config(ROOT / "configs/data/gqa.yaml") | {"path": str(tmp_path / "g")}
     assert data.load_samples(config)[0].images[0].getpixel((0, 0))[0] == 2
 
 

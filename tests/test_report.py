@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from dyvte.evaluation import summarise
+from dyvte.metrics import build_metric
+from dyvte.report import _families as families
+from dyvte.report import _front as front
+from dyvte.report import _read as read_run
+from dyvte.report import example_cards, plot_exit_layers, plot_reliability, plot_risk, report
+
+LAYERS = 4
+KINDS = ("none at all", "one_spot")
+
+
+def write_run(folder, policies, timed=True, scored=True, samples=12):
+    """A folder as evaluate() leaves it; policies: name -> exit layer of sample i; wrong below the layer i % 4 needs."""
+    folder.mkdir(parents=True)
+    (folder / "images").mkdir()
+    rows = {}
+    for name, exit_of in {"dense": lambda i: LAYERS, **policies}.items():
+        rows[name] = []
+        for i in range(samples):
+            layer, need = exit_of(i), 1 + i % 3
+            answer = "red" if layer >= need else "blue <b>"
+            row = {"id": f"s{i}", "kind": KINDS[i % 2], "question": f"What & <why> {i}?", "answer": answer, "ids": [1]}
+            row |= {"answers": ["red"] if scored else [], "choices": [], "exit_layer": layer, "index": i}
+            row |= {"agrees": layer >= need, "flops": 10 + 10 * layer, "kv_bytes": 5 + layer}
+            rows[name].append(row | {"text_tokens": 5, "visual_tokens": 100})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
+    for i in range(samples):
+        Image.new("RGB", (20, 10), (i, 0, 0)).save(folder / "images" / f"{i}.png")
+    summaries = {name: summarise(build_metric("exact_match"), r, rows["dense"], LAYERS) for name, r in rows.items()}
+    seconds = {"dense": 0.2, "exit": 0.1}
+    timing = {
+        "prefill_ratio": 0.5,
+        "decoder_ratio": 0.4,
+        "prefill_seconds": seconds,
+        "decode_seconds": seconds,
+        "batch_size": 4,
+    }
+    for name, summary in summaries.items():
+        summary["timing"] = timing if timed and name != "dense" else None
+    model = {"name": None, "class": "TinyLlava", "dtype": "float32", "weights": "0"}
+    settings = {"model": model, "metric": "exact_match", "batch_size": 4, "max_new_tokens": 2}
+    content = {
+        "settings": settings,
+        "versions": {"dyvte": "0"},
+        "hardware": {"device": "cpu", "name": "a processor", "threads": 1, "system": "Linux"},
+        "layers": LAYERS,
+        "policies": summaries,
+    }
+    (folder / "summary.json").write_text(json.dumps(content))
+    return folder
+
+
+POLICIES = {
+    "fixed-1": lambda i: 1,
+    "fixed-3": lambda i: 3,
+    "learned@0.9": lambda i: 1 + i % 3,
+    "learned@0.5": lambda i: 1 + i % 2,
+    "oracle": lambda i: 1 + i % 3,
+    "random-0.1": lambda i: 1 + i % 4,
+}
+
+
+class Page(HTMLParser):
+    def __init__(self, path):
+        super().__init__()
+        self.images, self.links, self.text = [], [], []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        if tag == "img":
+            self.images.append(given["src"])
+        self.links += [v for k, v in attrs if k in ("href", "src") and not v.startswith("data:")]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_one_page_holds_everything_and_needs_no_other_file(tmp_path):
+    run = write_run(tmp_path / "run", POLICIES)
+    curve = {
+        "threshold": [0.99, 0.9, 0.5],
+        "risk": [0, 0.01, 0.2],
+        "bound": [0.01, 0.02, 0.3],
+        "saved": [0.1, 0.4, 0.6],
+    }
+    (run / "curve.json").write_text(json.dumps(curve | {"alpha": 0.02, "delta": 0.1, "chosen": 0.9}))
+    table = {"confidence": [0.1, 0.5, 0.9], "frequency": [0.1, 0.6, 0.95], "count": [3, 0, 10]}
+    (run / "reliability.json").write_text(json.dumps(table))
+    path = report(run)
+    page = Page(path)
+    assert path == run / "report" / "report.html" and not page.links
+    names = {p.stem for p in (run / "report").glob("*.png")}
+    assert names == {"score", "changed", "exit-layers", "risk", "reliability", "examples"}
+    for source in page.images:
+        picture = Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))
+        assert picture.size[0] >= 20
+    assert len(page.images) == 5 + 12
+    text = " ".join(" ".join(page.text).split())
+    for expected in (*POLICIES, "TinyLlava", "a processor", "× 0.50", "× 0.40", "What & <why> 0?", "8 of 12", "± "):
+        assert expected in text
+    assert "<why>" not in re.sub(r"&lt;why&gt;", "", path.read_text())
+
+
+def test_runs_without_times_scores_or_exits(tmp_path):
+    write_run(tmp_path / "a", {"fixed-2": lambda i: 2}, timed=False)
+    write_run(tmp_path / "b", {}, timed=False, scored=False)
+    write_run(tmp_path / "deep" / "c", {"learned": lambda i: 1 + i % 4}, scored=False)
+    path = report(tmp_path, output=tmp_path / "out")
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert path == tmp_path / "out" / "report.html"
+    assert {"a-score.png", "a-changed.png", "deep-c-exit-layers.png", "exit-layers-by-task.png"} <= names
+    assert not any(name.startswith("b-") for name in names)  # there is nothing but the dense model
+    report(tmp_path, output=tmp_path / "out")  # again, over the old one
+
+
+def test_examples_show_every_kind_and_changed_answers(tmp_path):
+    run = read_run(write_run(tmp_path / "run", POLICIES), tmp_path)
+    assert run.main_policy() == "learned@0.9"
+    cards = example_cards(run, "learned@0.5", count=6)
+    assert len(cards) == 6 and [card["agrees"] for card in cards] == [True] * 4 + [False] * 2
+    assert {card["kind"] for card in cards[:2]} == set(KINDS)
+    assert cards[-1]["dense"] == "red" and cards[-1]["exit"] == "blue <b>"
+
+
+def test_families_and_the_best_at_each_cost():
+    assert families(["fixed-1", "fixed-2", "vtw", "learned@0.99", "fastv-3-50%"]) == {
+        "fixed": [("fixed-1", "1"), ("fixed-2", "2")],
+        "vtw": [("vtw", "")],
+        "learned@0.99": [("learned@0.99", "0.99")],
+        "fastv-3-50%": [("fastv-3-50%", "50%")],
+    }
+    points = [(0.2, 0.5), (0.4, 0.4), (0.5, 0.9), (1.0, 0.9)]
+    assert front(points) == [(0.2, 0.5), (0.5, 0.9), (1.0, 0.9)]
+    assert front(points, lower_is_better=True) == [(0.2, 0.5), (0.4, 0.4), (1.0, 0.4)]
+    assert front([]) == []
+
+
+def test_many_kinds_are_cut_to_the_largest():
+    figure = plot_exit_layers({f"k{i}": [i + 1, 0, 3] for i in range(40)})
+    assert len(figure.axes) == 16
+
+
+def test_bad_input_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="no summary.json .*`dyvte evaluate`"):
+        report(tmp_path)
+    with pytest.raises(ValueError, match=r"curve.json must hold lists .*missing: \['bound'\]"):
+        plot_risk({"threshold": [1], "risk": [0], "saved": [0]})
+    with pytest.raises(ValueError, match="lists of one length"):
+        plot_reliability({"confidence": [1], "frequency": [0, 1], "count": [0]})
