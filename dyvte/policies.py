@@ -28,6 +28,9 @@ class ExitPolicy:
     def check(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
         """Raises ``ValueError`` if the policy does not fit a decoder of this depth and width."""
 
+    def check_rows(self, rows: int) -> None:
+        """Raises ``ValueError`` if the policy does not fit a batch of this many rows, before the model runs."""
+
     def plan(self, batch_size: int, num_layers: int) -> torch.Tensor | None:
         """The exit layer of each sample, long [batch_size], or None to be asked after every layer."""
         return torch.full((batch_size,), num_layers)
@@ -73,14 +76,17 @@ class FixedExit(ExitPolicy):
                 f"layers see the visual tokens ({num_layers} = never exit)"
             )
 
-    def plan(self, batch_size: int, num_layers: int) -> torch.Tensor:
-        if isinstance(self.layer, int):
-            return torch.full((batch_size,), self.layer)
-        if len(self.layer) != batch_size:
+    def check_rows(self, rows: int) -> None:
+        if not isinstance(self.layer, int) and len(self.layer) != rows:
             raise ValueError(
-                f"FixedExit holds {len(self.layer)} exit layers but the batch has {batch_size} rows (beams and "
+                f"FixedExit holds {len(self.layer)} exit layers but the batch has {rows} rows (beams and "
                 "num_return_sequences multiply rows): give one exit layer per row, or a single int"
             )
+
+    def plan(self, batch_size: int, num_layers: int) -> torch.Tensor:
+        self.check_rows(batch_size)
+        if isinstance(self.layer, int):
+            return torch.full((batch_size,), self.layer)
         return self.layer.long().cpu()
 
 
@@ -91,8 +97,15 @@ class RandomExit(ExitPolicy):
     """
 
     def __init__(self, p: float, seed: int = 0):
+        if (
+            isinstance(p, bool)
+            or not isinstance(p, (int, float))
+            or isinstance(seed, bool)
+            or not isinstance(seed, int)
+        ):
+            raise TypeError(f"p must be a number in 0 ... 1 and seed an int, not {p!r} and {seed!r}")
         if not 0 <= p <= 1:
-            raise ValueError(f"p must lie in 0 ... 1, not {p}")
+            raise ValueError(f"p must lie in 0 ... 1, not {p}: it is the probability of leaving after a layer")
         self.p = p
         self.generator = torch.Generator().manual_seed(seed)
 

@@ -250,8 +250,8 @@ class SplicedVisualMask:
     def __call__(self, call: dict[str, Any]) -> torch.Tensor:
         if self.latest is None:
             raise ValueError(
-                f"{self.method} was not called before the decoder, or inserted nothing: call the model with input_ids "
-                "and images, or pass visual_mask as a bool tensor"
+                f"{self.method} was not called before the decoder: call the model with input_ids and images, or pass "
+                "visual_mask as a bool tensor"
             )
         return self.latest
 
@@ -278,9 +278,8 @@ class SplicedVisualMask:
             if "attention_mask" in added:
                 given["attention_mask"] = torch.ones_like(ids, dtype=torch.bool)
             result = list(splice(*bound.args, **bound.kwargs))
-            mask, labels = result[self.mask_at], result[self.labels_at]
-            if "labels" in added and labels.shape != ids.shape:
-                self.latest = (labels == -100) & mask.bool()
+            labels = result[self.labels_at]
+            self.latest = (labels == -100) & result[self.mask_at][:, -labels.shape[1] :].bool()
             for name, place in (("labels", self.labels_at), ("attention_mask", self.mask_at)):
                 if name in added:
                     result[place] = None

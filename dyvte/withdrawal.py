@@ -163,6 +163,11 @@ class VisualExit:
                 "visual_mask must be a bool tensor [batch, sequence] or a callable that returns one, not "
                 f"{type(visual_mask).__name__}"
             )
+        if isinstance(visual_mask, torch.Tensor) and (visual_mask.dtype != torch.bool or visual_mask.ndim != 2):
+            raise ValueError(
+                "visual_mask must be bool [batch, sequence], True at visual tokens, not "
+                f"{visual_mask.dtype} {list(visual_mask.shape)}"
+            )
         self.model, self.policy, self.visual_mask = underlying_model(model), policy, visual_mask
         self.decoder = find_decoder(self.model, decoder)
         self.config = getattr(self.decoder, "config", None) or self.model.config
@@ -249,6 +254,26 @@ class VisualExit:
         cache = given.get("past_key_values")
         if cache is not None:
             self._check_cache(cache)
+        if self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False):
+            raise ValueError(
+                "gradient checkpointing runs layers a second time, when the tokens have gone: call model.eval() or "
+                "turn checkpointing off"
+            )
+
+    def _refuse_batch(self, given: dict[str, Any], times: int = 1) -> None:
+        """What does not fit the batch of a call, each sample of which becomes ``times`` rows."""
+        tokens = (given.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))
+        tokens = next((t for t in tokens if isinstance(t, torch.Tensor)), None)
+        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        if isinstance(mask, torch.Tensor):
+            past = cache.get_seq_length() if cache is not None else 0
+            if mask.ndim != 2 or (past == 0 and tokens is not None and mask.shape[1] != tokens.shape[1]):
+                raise ValueError(
+                    f"an attention_mask {list(mask.shape)} does not say which tokens are padding: pass one "
+                    "[batch, sequence]"
+                )
+        if tokens is not None:
+            self.policy.check_rows(len(tokens) * times)
 
     def _guard_generate(self) -> None:
         """Refuses before images are encoded; chunks of a prompt would look like later turns to a forward hook."""
@@ -269,6 +294,8 @@ class VisualExit:
                 if value is not None and value != "dynamic":
                     raise ValueError(f"{name}={value!r} does not work with visual exit: {remedy}")
             self._refuse(given, defaults)
+            counts = (given.get(name, getattr(defaults, name, None)) for name in ("num_beams", "num_return_sequences"))
+            self._refuse_batch(given, max(count or 1 for count in counts))
             self._generate_call = given
             try:
                 return generate(*args, **kwargs)
@@ -281,8 +308,10 @@ class VisualExit:
         if self._consumed or module is self.model:  # some models call their inner one directly
             self._calls, self._pass, self._consumed = [], None, False
         given = dict(zip(names, args)) | kwargs
-        self._calls.append(given)
         self._refuse(given, self.config)
+        if not self._calls:
+            self._refuse_batch(given)
+        self._calls.append(given)
 
     @property
     def _call(self) -> dict[str, Any]:
@@ -301,6 +330,8 @@ class VisualExit:
         hidden = args[0] if positional else kwargs["hidden_states"]
         cache = kwargs.get("past_key_values")
         if index == 0:
+            if self._consumed:  # some models call the decoder's forward directly, past its hooks
+                self._calls = []
             self._masks, self._consumed = {}, True
             self._pass = self._start(hidden, kwargs.get("attention_mask"), cache)
             return None
@@ -360,7 +391,14 @@ class VisualExit:
         run = _PromptPass(Prompt.of(visual, valid[:, past:], answer), cache, valid[:, :past], self.num_layers)
         run.planned = self.policy.plan(batch, self.num_layers)
         if run.planned is not None:
-            planned = run.planned.clamp(min=self.min_layer)
+            planned = run.planned
+            whole = isinstance(planned, torch.Tensor) and not planned.is_floating_point() and planned.shape == (batch,)
+            if not whole or planned.min() < 1 or planned.max() > self.num_layers:
+                raise ValueError(
+                    f"{type(self.policy).__name__}.plan() must return None or exit layers 1 ... {self.num_layers}, "
+                    f"long [{batch}], not {planned}"
+                )
+            planned = planned.cpu().clamp(min=self.min_layer)
             run.planned = torch.where(run.prompt.can_leave, planned, self.num_layers)
         return run
 
@@ -369,7 +407,7 @@ class VisualExit:
 
         They go with the text but have no say in the decision, which is that of the prompt alone.
         """
-        ids = self._calls[0].get("input_ids")
+        ids = self._calls[0].get("input_ids") if self._calls else None
         given = self._generate_call
         prompt = next((given[n] for n in ("inputs", "input_ids") if given.get(n) is not None), None)
         if prompt is None or not isinstance(ids, torch.Tensor) or ids.shape[1] != length:
@@ -383,7 +421,8 @@ class VisualExit:
         if self.visual_mask is not None and not callable(self.visual_mask):
             return False
         names = ("pixel_values", "mm_encoder_outputs", "image", "video", "media")
-        return any(value is not None for name, value in self._call.items() if name.startswith(names))
+        given = (item for call in self._calls for item in call.items())
+        return any(value is not None for name, value in given if name.startswith(names))
 
     @staticmethod
     def _check_cache(cache: Cache) -> None:
@@ -403,19 +442,18 @@ class VisualExit:
             if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape[-1] != length:
                 shape = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
                 raise ValueError(f"visual_mask must be bool [{batch}, {length}] like the prompt, not {shape}")
-            if mask.ndim != 2 or len(mask) == 0 or batch % len(mask):
+        else:
+            ids = (call.get("input_ids") for call in (*self._calls, self._generate_call))
+            ids = next((i for i in ids if isinstance(i, torch.Tensor) and i.shape[-1] == length), None)
+            if ids is None:
                 raise ValueError(
-                    f"visual_mask {list(mask.shape)} does not fit a batch of {batch}: give a row per sample"
+                    "the prompt came as inputs_embeds, which do not show where the visual tokens are: pass visual_mask "
+                    "(bool [batch, sequence], True at visual tokens) to visual_exit"
                 )
-            return mask.repeat_interleave(batch // len(mask), 0).to(device)  # beams and num_return_sequences
-        for call in self._calls:
-            ids = call.get("input_ids")
-            if isinstance(ids, torch.Tensor) and ids.shape[-1] == length:
-                return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device)).to(device)
-        raise ValueError(
-            "the prompt came as inputs_embeds, which do not show where the visual tokens are: pass visual_mask "
-            "(bool [batch, sequence], True at visual tokens) to visual_exit"
-        )
+            mask = torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
+        if mask.ndim != 2 or len(mask) == 0 or batch % len(mask):
+            raise ValueError(f"visual_mask {list(mask.shape)} does not fit a batch of {batch}: one row per sample")
+        return mask.repeat_interleave(batch // len(mask), 0).to(device)  # beams and num_return_sequences
 
     def _valid(self, batch: int, length: int, mask: Any, device: torch.device) -> torch.Tensor:
         """bool [batch, length], past tokens included: what is not padding."""
@@ -423,9 +461,13 @@ class VisualExit:
         for found in (*given, mask):
             if isinstance(found, torch.Tensor) and found.ndim == 2 and found.shape[-1] == length:
                 return found.bool().to(device).expand(batch, -1)
-        if isinstance(given[0], torch.Tensor):
+        first = given[0] if given else None
+        if not given and isinstance(mask, torch.Tensor) and mask.ndim == 4 and self.windows[0] is None:
+            last = mask[:, 0, -1]  # the last query sees all that is not padding
+            return (last if last.dtype == torch.bool else last == 0).to(device).expand(batch, -1)
+        if isinstance(first, torch.Tensor):
             raise ValueError(
-                f"an attention_mask {list(given[0].shape)} does not say which of the {length} tokens are padding: "
+                f"an attention_mask {list(first.shape)} does not say which of the {length} tokens are padding: "
                 "pass one [batch, sequence]"
             )
         return torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -492,7 +534,12 @@ class VisualExit:
             if asked.any():
                 which = rows if asked.all() else rows[asked]
                 state = hidden if asked.all() else hidden[asked.to(hidden.device)]
-                leaving[asked] = self.policy.leaves(index, run.prompt.text_state(state, which.to(hidden.device))).cpu()
+                leaves = self.policy.leaves(index, run.prompt.text_state(state, which.to(hidden.device)))
+                if not isinstance(leaves, torch.Tensor) or leaves.dtype != torch.bool or leaves.shape != which.shape:
+                    raise ValueError(
+                        f"{type(self.policy).__name__}.leaves() must return bool [{len(which)}], one per state given"
+                    )
+                leaving[asked] = leaves.cpu()
         if not leaving.any():
             return hidden
         run.exits[rows[leaving]] = index
