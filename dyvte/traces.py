@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from datasets.arrow_writer import ArrowWriter
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -113,7 +113,7 @@ def write_traces(
     with tqdm(total=len(samples), desc="trace", unit="sample", disable=rank != 0) as bar:
         for start in starts:
             size = min(shard_size, len(samples) - start)
-            shard = folder / f"shard-{start:08d}"
+            shard = folder / f"shard-{start:08d}.arrow"
             if not shard.exists():
                 rows: list[dict[str, Any]] = []
                 for first in range(start, start + size, batch_size):
@@ -235,10 +235,20 @@ def _save(rows: list[dict[str, Any]], shard: Path) -> None:
         | {name: datasets.List(value("float16"), length=layers) for name in ("nll", "kl")}
     )
     columns = {name: [row[name] for row in rows] for name in features}
-    new = shard.with_name(f".{shard.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(new))
+    new = shard.with_suffix(".new")
+    with ArrowWriter(path=str(new), features=features) as writer:
+        writer.write_batch(columns)
+        writer.finalize()
     new.rename(shard)
+
+
+def _tensor(table: datasets.Dataset, name: str) -> torch.Tensor:
+    """A numeric column in its own type: the formatters of ``datasets`` would widen half precision."""
+    chunks = table.data.column(name).chunks
+    flat = [chunk.flatten() if hasattr(chunk, "flatten") else chunk for chunk in chunks]
+    parts = [chunk.to_numpy(zero_copy_only=False) for chunk in flat]
+    values = torch.from_numpy(np.concatenate(parts))
+    return values if len(values) == len(table) else values.view(len(table), -1)
 
 
 def load_traces(*folders: str | os.PathLike) -> TraceSet:
@@ -252,7 +262,7 @@ def load_traces(*folders: str | os.PathLike) -> TraceSet:
         if not (folder / PROVENANCE).exists():
             raise ValueError(f"{folder} holds no traces: make some with `dyvte trace`")
         record = json.loads((folder / PROVENANCE).read_text())
-        shards = [datasets.load_from_disk(str(path)) for path in sorted(folder.glob("shard-*"))]
+        shards = [datasets.Dataset.from_file(str(path)) for path in sorted(folder.glob("shard-*.arrow"))]
         found = sum(map(len, shards))
         if found != record["samples"]:
             raise ValueError(
@@ -268,10 +278,7 @@ def load_traces(*folders: str | os.PathLike) -> TraceSet:
     if not tables:
         raise ValueError("no trace folder was named")
     table = datasets.concatenate_datasets(tables)
-    arrays = {
-        name: torch.from_numpy(np.stack(table.with_format("numpy")[:][name]))
-        for name in ("state", "agreement", "nll", "kl", "dense_nll")
-    }
+    arrays = {name: _tensor(table, name) for name in ("state", "agreement", "nll", "kl", "dense_nll")}
     n, layers = arrays["agreement"].shape
     rows = table.remove_columns(list(arrays)).to_list()
     return TraceSet(

@@ -1,0 +1,228 @@
+"""The command line, end to end on a tiny model: trace, train, calibrate, evaluate, report, convert."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+import dyvte
+from dyvte.cli import COMMANDS, main, read_config
+from dyvte.data import load_samples
+from dyvte.traces import load_traces, write_traces
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "train"))
+LAYERS = 4
+SETTINGS = {
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "patch_size": 15,
+        "projection_dim": 16,
+    },
+    "text_config": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.4,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def mllm(tmp_path_factory):
+    """A random LLaVA on disk, as a hub model would be."""
+    from reference_mllm import build_model, build_processor
+
+    torch.manual_seed(1)
+    processor = build_processor(15)
+    model = build_model(SETTINGS, len(processor.tokenizer)).eval()
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def trace(mllm, output, n=40, **more):
+    pairs = {"model": mllm, "output": output, "dtype": "float32", "max_new_tokens": 3, "shard_size": 16} | more
+    scenes = f"data={{scenes: {{split: dev, n: {n}, seed: 5}}}}"
+    main(["trace", scenes, *[f"{key}={value}" for key, value in pairs.items()]])
+
+
+@pytest.fixture(scope="module")
+def traces(mllm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("traces") / "all"
+    trace(mllm, folder, n=300)
+    return folder
+
+
+def test_a_trace_is_what_generation_does(mllm, traces):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from dyvte.data import encode
+
+    loaded = load_traces(traces)
+    assert loaded.state.shape == (300, LAYERS, 32) and loaded.state.dtype == torch.float16
+    assert loaded.provenance["base_model"] == str(mllm) and loaded.provenance["answers"] == "dense"
+    model = AutoModelForImageTextToText.from_pretrained(mllm, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(mllm)
+    samples = load_samples({"scenes": {"split": "dev", "n": 300, "seed": 5}})[:24]
+    inputs = encode(processor, samples)
+    outcomes = set()
+    for layer in range(1, LAYERS + 1):
+        answers = []
+        for policy in (dyvte.NeverExit(), dyvte.FixedExit(layer)):
+            with torch.no_grad(), dyvte.visual_exit(model, policy):
+                answers.append(model.generate(**inputs, max_new_tokens=3, do_sample=False))
+        length = inputs["input_ids"].shape[1]
+        for i in range(24):
+            dense, left = (a[i, length:].tolist() for a in answers)
+            end = dense.index(2) + 1 if 2 in dense else len(dense)
+            same = dense[:end] == left[:end]
+            assert same == (loaded.agreement[i, layer - 1].item() == 1)
+            outcomes.add(same)
+            row = loaded.rows[i]
+            assert row["traced_answer"] == processor.decode(dense[:end], skip_special_tokens=True).strip()
+            assert row["visual_tokens"] == 36 and row["question"] == samples[i].question
+    assert outcomes == {True, False}
+
+
+def test_traces_go_on_where_they_stopped(mllm, tmp_path, monkeypatch):
+    trace(mllm, tmp_path / "once")
+    import dyvte.traces as module
+
+    real, calls = module._trace_samples, []
+
+    def stops(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "_trace_samples", stops)
+    with pytest.raises(KeyboardInterrupt):
+        trace(mllm, tmp_path / "twice")
+    with pytest.raises(ValueError, match="16 of 40 traces"):
+        load_traces(tmp_path / "twice")
+    trace(mllm, tmp_path / "twice")
+    assert len(calls) == 2 + 1 + 3  # a shard of two batches; one of the next, lost; what was left
+    once, twice = load_traces(tmp_path / "once"), load_traces(tmp_path / "twice")
+    assert torch.equal(once.state, twice.state) and once.rows == twice.rows
+
+
+def test_ranks_share_the_shards(mllm, tmp_path, monkeypatch):
+    trace(mllm, tmp_path / "one")
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        trace(mllm, tmp_path / "two")
+    assert torch.equal(load_traces(tmp_path / "one").state, load_traces(tmp_path / "two").state)
+
+
+def test_given_answers_can_be_traced(mllm, tmp_path):
+    trace(mllm, tmp_path, answers="dataset")
+    loaded = load_traces(tmp_path)
+    assert [row["traced_answer"] for row in loaded.rows] == [row["answers"][0] for row in loaded.rows]
+    assert loaded.agreement[:, -1].eq(1).all() and not loaded.agreement.eq(1).all()
+
+
+def test_a_folder_of_other_traces_is_refused(mllm, traces):
+    with pytest.raises(SystemExit, match="holds traces made otherwise"):
+        trace(mllm, traces, n=20)
+
+
+def test_from_traces_to_a_report(mllm, traces, tmp_path, capsys):
+    heads, results = tmp_path / "heads", tmp_path / "results"
+    main(["train", f"traces={traces}", f"calibration={traces}", f"output={heads}", "alpha=0.3", "fit.epochs=3"])
+    assert json.loads(capsys.readouterr().out)["learned"]["agreement"] >= 0.7
+    main(["calibrate", f"heads={heads}", f"traces={traces}", "alpha=0.4"])
+    assert dyvte.ExitHeads.from_pretrained(heads).config.calibration["alpha"] == 0.4
+    settings = {
+        "model": str(mllm),
+        "heads": str(heads),
+        "dtype": "float32",
+        "data": {"scenes": {"split": "test", "n": 12}},
+        "policies": {"learned": {}, "fixed-2": {"layer": 2}, "random": {"p": 0.5}},
+        "output": str(results),
+    }
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(settings))
+    main(["evaluate", str(tmp_path / "evaluate.yaml"), "batch_size=4", "max_new_tokens=3"])
+    summary = json.loads((results / "summary.json").read_text())
+    assert set(summary["policies"]) == {"dense", "learned", "fixed-2", "random"}
+    assert summary["policies"]["fixed-2"]["mean_exit_layer"] == 2
+    main(["report", f"directory={results}"])
+    assert list(results.rglob("*.html"))
+
+
+def test_gates_of_the_original_code(tmp_path):
+    gates = {}
+    for i in range(3):
+        gates[f"model.visual_gates_router.{i}.w1.weight"] = torch.randn(6, 8)
+        gates[f"model.visual_gates_router.{i}.w2.weight"] = torch.randn(2, 6)
+    save_file(gates, tmp_path / "gates.safetensors")
+    torch.save(gates, tmp_path / "gates.bin")
+    for name in ("gates.safetensors", "gates.bin"):
+        main(["convert", f"weights={tmp_path / name}", "base_model=some/model", f"output={tmp_path / name}-heads"])
+        heads = dyvte.ExitHeads.from_pretrained(tmp_path / f"{name}-heads")
+        assert torch.equal(heads.heads.w1[2], gates["model.visual_gates_router.2.w1.weight"])
+        assert heads.config.base_model == "some/model" and heads.config.threshold == 0.5
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_read(file):
+    if file.stem in COMMANDS:
+        assert read_config(file.stem, str(file), ["output=elsewhere"])["output"] == "elsewhere"
+
+
+def test_overrides_reach_into_mappings():
+    config = read_config("trace", None, ["model=m", "output=o", "data.scenes.n=5", "data.scenes.split=dev"])
+    assert config["data"] == {"scenes": {"n": 5, "split": "dev"}} and config["batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["trace", "no-such-file.yaml"], "no config file no-such-file.yaml"),
+        (["trace", "model=m"], "needs data, output"),
+        (["trace", "model=m", "data=d", "output=o", "colour=red"], "unknown keys colour"),
+        (["trace", "model=m", "oops"], "not key=value"),
+        (["train", "traces=t", "calibration=c", "output=o", "fit.depth=3"], "wrong training settings"),
+        (["train", "traces=nowhere", "calibration=c", "output=o"], "holds no traces"),
+        (["evaluate", "model=m", "data=d", "output=o", "policies={best: {}}"], "unknown policy 'best'"),
+        (["evaluate", "model=m", "data=d", "output=o"], "needs exit heads"),
+        (["evaluate", "model=m", "data=d", "output=o", "policies={fixed: {depth: 2}}"], "wrong settings for policy"),
+        (["demo", "model=nowhere"], "no checkpoint in nowhere"),
+        (["convert", "weights=nowhere", "base_model=m", "output=o"], "no file nowhere"),
+    ],
+)
+def test_bad_commands_say_what_to_do(arguments, match):
+    with pytest.raises(SystemExit, match=match):
+        main(arguments)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(key in out for key in COMMANDS[command][1])
+
+
+@pytest.mark.parametrize(
+    ("change", "match"), [({"answers": "mine"}, "answers must be"), ({"samples": []}, "no samples")]
+)
+def test_traces_refuse(change, match, tmp_path):
+    arguments = {"model": None, "processor": None, "samples": [1], "folder": tmp_path} | change
+    with pytest.raises(ValueError, match=match):
+        write_traces(**arguments)
