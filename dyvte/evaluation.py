@@ -134,7 +134,11 @@ def evaluate(
     timing = _time_all(run, samples, policies, batch_size, timing_batches, progress)
     ids = sorted(rows[DENSE], key=lambda name: rows[DENSE][name]["index"])
     summary = {
-        "settings": settings | {"batch_size": batch_size},
+        "settings": settings
+        | {
+            "batch_size": batch_size,
+            "model_name": getattr(underlying_model(model).config, "_name_or_path", "") or None,
+        },
         "config": dict(config or {}),
         "versions": {
             "dyvte": __version__,
@@ -272,21 +276,35 @@ class _Run:
     def seconds(
         self, inputs: dict[str, Any], tokens: int, policy: Policy | None, samples: list[Sample]
     ) -> dict[str, float]:
-        """Generates exactly ``tokens`` tokens: seconds in all (``whole``), bytes of the cache, and, for a single token,
-        the seconds its layers took (``decoder``).
+        """Generates exactly ``tokens`` tokens and takes the time.
+
+        Returns:
+            Seconds in all (``whole``), of the decoder layers over the prompt (``decoder``), per token after the first
+            (``step``), and bytes of the cache (``cache``).
         """
         ticks: dict[str, float] = {}
+        passes = 0
 
         def tick(name: str) -> None:
             _wait(self.model.device)
             ticks[name] = time.perf_counter()
 
+        def before_first_layer(*_: Any) -> None:
+            nonlocal passes
+            passes += 1
+            if passes <= 2:
+                tick(f"pass {passes}")
+
+        def after_last_layer(*_: Any) -> None:
+            if passes == 1:
+                tick("prompt done")
+
         layers = find_decoder(underlying_model(self.model)).layers
         hooks = []
         with self.under(policy, samples):
-            if tokens == 1:  # around whatever the policy does in its own hooks on these layers
-                hooks.append(layers[0].register_forward_pre_hook(lambda *_: tick("first"), prepend=True))
-                hooks.append(layers[-1].register_forward_hook(lambda *_: tick("last")))
+            # Around whatever the policy does in its own hooks on these layers.
+            hooks.append(layers[0].register_forward_pre_hook(before_first_layer, prepend=True))
+            hooks.append(layers[-1].register_forward_hook(after_last_layer))
             try:
                 tick("start")
                 out = self.generate(inputs, tokens, min_new_tokens=tokens, return_dict_in_generate=True)
@@ -298,7 +316,8 @@ class _Run:
         tensors = [t for layer in cached for t in (layer.keys, layer.values) if t is not None]
         return {
             "whole": ticks["end"] - ticks["start"],
-            "decoder": ticks["last"] - ticks["first"] if "last" in ticks else float("nan"),
+            "decoder": ticks["prompt done"] - ticks["pass 1"],
+            "step": (ticks["end"] - ticks["pass 2"]) / (tokens - 1) if tokens > 1 else 0.0,
             "cache": sum(t.numel() * t.element_size() for t in tensors),
         }
 
@@ -407,8 +426,7 @@ def _time_policy(
             for name in order:
                 prefill[name].append(run.seconds(inputs, 1, pair[name], group))
             for name in order if tokens > 1 else ():
-                whole = run.seconds(inputs, tokens, pair[name], group)["whole"]
-                decode[name].append((whole - prefill[name][-1]["whole"]) / (tokens - 1))
+                decode[name].append(run.seconds(inputs, tokens, pair[name], group)["step"])
 
     def medians(key: str) -> dict[str, float]:
         return {name: statistics.median(measured[key] for measured in prefill[name]) for name in pair}
@@ -503,9 +521,8 @@ def _data_fingerprint(samples: Sequence[Sample]) -> str:
 
 
 def _describe_model(model: nn.Module) -> dict[str, Any]:
-    config = underlying_model(model).config
+    """What the answers depend on; where the model was loaded from is not part of it."""
     return {
-        "name": getattr(config, "_name_or_path", "") or None,
         "class": type(underlying_model(model)).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights": weights_fingerprint(model),

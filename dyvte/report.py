@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from PIL import Image
 DENSE = "dense"
 # Okabe and Ito's palette: told apart by every kind of colour vision; markers tell them apart in grey.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-MARKERS = ["o", "s", "^", "D", "v", "P"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 INK, FAINT = "#222222", "#9A9A9A"
 STYLE = {
     "font.family": "sans-serif",
@@ -77,9 +78,7 @@ class Run:
     def main_policy(self) -> str | None:
         """The policy whose exits and answers are shown: the first that decides per sample, learned ones first."""
         adaptive = [name for name, p in self.policies.items() if sum(count > 0 for count in p["exit_layers"]) > 1]
-        order = sorted(
-            adaptive, key=lambda name: (not name.startswith("learned"), name.startswith(("oracle", "random")))
-        )
+        order = sorted(adaptive, key=lambda name: name.startswith(("oracle", "random")) - name.startswith("learned"))
         others = [name for name in self.policies if name != DENSE]
         return (order or others or [None])[0]
 
@@ -238,14 +237,14 @@ def _percent(share: float | None) -> str:
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     settings, versions, hardware = (run.summary[key] for key in ("settings", "versions", "hardware"))
-    dense = run.policies[DENSE]
+    dense, threads = run.policies[DENSE], hardware["threads"]
     text = sum(row["text_tokens"] for row in run.rows[DENSE]) / max(len(run.rows[DENSE]), 1)
     visual = sum(row["visual_tokens"] for row in run.rows[DENSE]) / max(len(run.rows[DENSE]), 1)
     return [
-        ("model", f"{settings['model']['name'] or settings['model']['class']}, {settings['model']['dtype']}"),
+        ("model", f"{settings['model_name'] or settings['model']['class']}, {settings['model']['dtype']}"),
         ("decoder", f"{run.layers} layers; {visual:.0f} visual and {text:.0f} text tokens per prompt"),
         ("samples", f"{dense['n']}, scored by {settings['metric'].replace('_', ' ')}"),
-        ("hardware", f"{hardware['name']}, {hardware['threads']} threads, batch of {settings['batch_size']}"),
+        ("hardware", f"{hardware['name']}, {threads} thread{'s' * (threads > 1)}, batch of {settings['batch_size']}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
 
@@ -273,7 +272,7 @@ def plot_tradeoff(run: Run, quantity: str, label: str) -> Figure:
         points = []
         if quantity == "changed":
             axis.set_yscale("log")
-            axis.axhline(0.01, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+            axis.axhline(max(0.01, floor), color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         for i, (family, members) in enumerate(families.items()):
             known = [(cost(run.policies[name]), *_value(run.policies[name], quantity, floor)) for name, _ in members]
             known = sorted(item for item in known if item[0] is not None and item[1] is not None)
@@ -341,12 +340,16 @@ PER_CENT = FuncFormatter(_per_cent)
 
 def _families(names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     """Policies that differ in one number belong together: name and setting by family."""
+    matches = {name: SETTING.match(name) for name in names}
+    sizes = Counter(match["family"] for match in matches.values() if match)
     families: dict[str, list[tuple[str, str]]] = {}
-    for name in names:
-        match = SETTING.match(name)
-        family, setting = (match["family"], match["setting"]) if match else (name, "")
-        families.setdefault(family, []).append((name, setting))
-    return {(members[0][0] if len(members) == 1 else family): members for family, members in families.items()}
+    for name, match in matches.items():
+        if match is None or sizes[match["family"]] == 1:
+            families[name] = [(name, match["setting"] if match else "")]
+        else:
+            family = f"{match['family']}, swept" if match["family"] in names else match["family"]
+            families.setdefault(family, []).append((name, match["setting"]))
+    return families
 
 
 def _label_settings(axis: Axes, families: Mapping[str, list[tuple[str, str]]]) -> None:
@@ -583,7 +586,7 @@ figcaption { font-size: .87rem; margin-top: .4rem; max-width: 46rem; }
 <p class="quiet">Every policy against the dense model on the same samples.
 An answer counts as changed when a single token differs.</p>
 {% for image, caption in overview %}
-<figure><img src="{{ image }}" alt="{{ caption }}" style="width: 35rem"><figcaption>{{ caption }}</figcaption></figure>
+<figure><img src="{{ image }}" alt="{{ caption.split('.')[0] }}" style="width: 35rem"><figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}
 {% for section in sections %}
 <h2>{{ section.run.name }}</h2>
@@ -594,7 +597,7 @@ An answer counts as changed when a single token differs.</p>
 <tr>{% for key, _ in columns %}<td>{{ row[key] }}</td>{% endfor %}</tr>{% endfor %}
 </tbody></table></div>
 {% for image, caption, width in section.figures %}
-<figure><img src="{{ image }}" alt="{{ caption }}" style="width: {{ width }}rem">
+<figure><img src="{{ image }}" alt="{{ caption.split('.')[0] }}" style="width: {{ width }}rem">
 <figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}
 {% if section.examples %}

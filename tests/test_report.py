@@ -48,8 +48,8 @@ def write_run(folder, policies, timed=True, scored=True, samples=12):
     }
     for name, summary in summaries.items():
         summary["timing"] = timing if timed and name != "dense" else None
-    model = {"name": None, "class": "TinyLlava", "dtype": "float32", "weights": "0"}
-    settings = {"model": model, "metric": "exact_match", "batch_size": 4, "max_new_tokens": 2}
+    model = {"class": "TinyLlava", "dtype": "float32", "weights": "0"}
+    settings = {"model": model, "model_name": None, "metric": "exact_match", "batch_size": 4, "max_new_tokens": 2}
     content = {
         "settings": settings,
         "versions": {"dyvte": "0"},
@@ -141,6 +141,7 @@ def test_families_and_the_best_at_each_cost():
         "learned@0.99": [("learned@0.99", "0.99")],
         "fastv-3-50%": [("fastv-3-50%", "50%")],
     }
+    assert list(families(["learned", "learned@0.5", "learned@0.9"])) == ["learned", "learned, swept"]
     points = [(0.2, 0.5), (0.4, 0.4), (0.5, 0.9), (1.0, 0.9)]
     assert front(points) == [(0.2, 0.5), (0.5, 0.9), (1.0, 0.9)]
     assert front(points, lower_is_better=True) == [(0.2, 0.5), (0.4, 0.4), (1.0, 0.4)]
