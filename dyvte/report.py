@@ -586,7 +586,8 @@ figcaption { font-size: .87rem; margin-top: .4rem; max-width: 46rem; }
 <p class="quiet">Every policy against the dense model on the same samples.
 An answer counts as changed when a single token differs.</p>
 {% for image, caption in overview %}
-<figure><img src="{{ image }}" alt="{{ caption.split('.')[0] }}" style="width: 35rem"><figcaption>{{ caption }}</figcaption></figure>
+<figure><img src="{{ image }}" alt="{{ caption.split('.')[0] }}" style="width: 35rem">
+<figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}
 {% for section in sections %}
 <h2>{{ section.run.name }}</h2>
