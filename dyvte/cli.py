@@ -42,11 +42,11 @@ COMMANDS: dict[str, tuple[str, dict[str, Key]]] = {
         "  dyvte trace configs/trace.yaml data.scenes.n=500 output=runs/traces/small",
         MODEL_KEYS
         | {
-            "data": Key(..., "what to ask: scenes or any datasets source, see configs/data/"),
+            "data": Key(..., "what to ask: a mapping or a YAML file such as configs/data/gqa.yaml"),
             "output": Key(..., "folder of the traces"),
             "answers": Key("dense", "dense: trace the model's own greedy answer; dataset: the given one"),
             "batch_size": Key(8, "samples per forward pass"),
-            "max_new_tokens": Key(16, "longest answer"),
+            "max_new_tokens": Key(None, "longest answer; default: what the data asks for, else 16"),
             "shard_size": Key(256, "samples per shard, the unit a restart repeats"),
         },
     ),
@@ -87,16 +87,16 @@ COMMANDS: dict[str, tuple[str, dict[str, Key]]] = {
         MODEL_KEYS
         | {
             "heads": Key(None, "folder or hub id of exit heads, for learned policies"),
-            "data": Key(..., "what to ask: scenes or any datasets source, see configs/data/"),
+            "data": Key(..., "what to ask: a mapping or a YAML file such as configs/data/gqa.yaml"),
             "output": Key(..., "folder of the results"),
             "policies": Key(
                 {"learned": {}},
                 "what to compare with the dense model: learned {threshold, min_layer, heads}, fixed-6 {layer}, "
-                "random {p, seed}",
+                "random {p, seed}, oracle {traces}",
             ),
             "batch_size": Key(8, "samples per forward pass"),
-            "max_new_tokens": Key(16, "longest answer"),
-            "metric": Key("exact_match", "how answers are scored"),
+            "max_new_tokens": Key(None, "longest answer; default: what the data asks for, else 16"),
+            "metric": Key(None, "how answers are scored; default: what the data asks for, else exact_match"),
         },
     ),
     "report": (
@@ -187,16 +187,30 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def data_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The data of a command, from a file if it names one; the command's own scoring keys win over the data's."""
+    data = config["data"]
+    if isinstance(data, str):
+        if not Path(data).is_file():
+            raise ValueError(f"there is no data config {data}: name a YAML file such as configs/data/gqa.yaml")
+        data = yaml.safe_load(Path(data).read_text())
+    for key, default in (("max_new_tokens", 16), ("metric", "exact_match")):
+        if key in config and config[key] is None:
+            config[key] = data.get(key, default)
+    return data
+
+
 def trace(config: dict[str, Any]) -> None:
     from dyvte.data import fingerprint, load_samples
     from dyvte.traces import write_traces
 
+    data = data_config(config)
+    samples = load_samples(data)
     model, processor = load_model(config)
-    data = config["data"]
     write_traces(
         model,
         processor,
-        load_samples(data),
+        samples,
         config["output"],
         answers=config["answers"],
         batch_size=config["batch_size"],
@@ -245,7 +259,7 @@ def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any
     from dyvte.heads import ExitHeads
     from dyvte.policies import FixedExit, LearnedExit, NeverExit, RandomExit
 
-    makers = {"fixed": FixedExit, "random": RandomExit, "never": NeverExit, "learned": LearnedExit}
+    makers = {"fixed": FixedExit, "random": RandomExit, "never": NeverExit, "learned": LearnedExit, "oracle": oracle}
     policies = {}
     for name, settings in described.items():
         maker = makers.get(name.split("-")[0])
@@ -264,12 +278,24 @@ def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any
     return policies
 
 
+def oracle(traces: str | list[str]) -> Any:
+    """The earliest exit that keeps each sample's answer, looked up in traces of the same samples."""
+    from dyvte.calibration import oracle_exits
+    from dyvte.evaluation import PerSampleExit
+    from dyvte.traces import load_traces
+
+    known = load_traces(*as_list(traces))
+    exits = oracle_exits(known.agreement >= 1).tolist()
+    return PerSampleExit({row["id"]: e for row, e in zip(known.rows, exits)})
+
+
 def evaluate(config: dict[str, Any]) -> None:
     from dyvte.data import load_samples
     from dyvte.evaluation import evaluate as run
 
+    data = data_config(config)
     policies = make_policies(config["policies"], config["heads"])
-    samples = load_samples(config["data"])
+    samples = load_samples(data)
     model, processor = load_model(config)
     summary = run(
         model,
@@ -280,7 +306,8 @@ def evaluate(config: dict[str, Any]) -> None:
         batch_size=config["batch_size"],
         max_new_tokens=config["max_new_tokens"],
         metric=config["metric"],
-        config=config,
+        template=data.get("template"),
+        config=config | {"data": data},
     )
     print(json.dumps(summary, indent=2))
 

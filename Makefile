@@ -1,0 +1,63 @@
+# Everything a fresh machine needs: `make demo`, `make test`. The rest rebuilds what is shipped.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# Small models: a second thread costs more than it brings.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help demo test fuzz lint reproduce reference-mllm traces heads evaluation collect figures benchmarks clean
+
+help:            ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[train,eval,dev]'
+	@touch $@
+
+demo: $(VENV)/installed      ## answer held-out questions dense and with exits: a table and a picture
+	$(BIN)/dyvte demo
+
+test: $(VENV)/installed      ## all tests
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/installed      ## style
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+fuzz: $(VENV)/installed      ## 2,000 random cases of family, padding, images, exits and decoding
+	DYVTE_FUZZ_CASES=2000 $(BIN)/python -m pytest -q tests/test_fuzz.py
+
+reproduce: traces heads evaluation collect  ## from the shipped MLLM: traces, heads, evaluation, figures
+
+traces: $(VENV)/installed
+	$(BIN)/dyvte trace configs/trace.yaml
+	$(BIN)/dyvte trace configs/trace.yaml output=runs/traces/calibration data.scenes.split=dev data.scenes.n=4000 data.scenes.seed=12
+	$(BIN)/dyvte trace configs/trace.yaml output=runs/traces/test data.scenes.split=test data.scenes.n=2000 data.scenes.seed=21
+
+heads: $(VENV)/installed
+	$(BIN)/dyvte train configs/train.yaml
+
+evaluation: $(VENV)/installed
+	$(BIN)/dyvte evaluate configs/evaluate.yaml
+
+collect: $(VENV)/installed
+	$(BIN)/python benchmarks/reference_results.py --collect
+
+figures: $(VENV)/installed   ## the README's table and figure, from results/
+	$(BIN)/python benchmarks/reference_results.py
+
+# The allocator keeps its memory: without this, a step on CPU is a third slower.
+reference-mllm: export MALLOC_MMAP_THRESHOLD_ = 4294967296
+reference-mllm: export MALLOC_TRIM_THRESHOLD_ = 8589934592
+reference-mllm: $(VENV)/installed  ## train the reference MLLM from nothing (about an hour on two cores, resumable)
+	$(BIN)/python train/reference_mllm.py --stages vision
+	$(BIN)/torchrun --nproc_per_node 2 train/reference_mllm.py --stages answers
+	$(BIN)/python train/reference_mllm.py --stages report
+
+benchmarks: $(VENV)/installed ## measure the costs of tracing and exiting on this machine
+	for script in benchmarks/trace_cost.py benchmarks/prefill.py; do $(BIN)/python $$script || exit 1; done
+
+clean:           ## remove the environment and runs
+	rm -rf $(VENV) runs
