@@ -93,6 +93,7 @@ class Section:
     examples: list[dict[str, Any]] = field(default_factory=list)
     facts: list[tuple[str, str]] = field(default_factory=list)
     policy: str | None = None
+    kinds: list[dict[str, str]] = field(default_factory=list)
 
 
 def report(directory: str | os.PathLike, output: str | os.PathLike | None = None) -> Path:
@@ -127,7 +128,9 @@ def report(directory: str | os.PathLike, output: str | os.PathLike | None = None
                 overview.append((_embed(path), "Exit layers per task: after how many layers visual tokens left."))
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
     path = output / "report.html"
-    path.write_text(page.render(sections=sections, overview=overview, columns=COLUMNS), encoding="utf-8")
+    path.write_text(
+        page.render(sections=sections, overview=overview, columns=COLUMNS, kind_columns=KIND_COLUMNS), encoding="utf-8"
+    )
     return path
 
 
@@ -160,6 +163,11 @@ def _section(run: Run, output: Path, prefix: str) -> Section:
 
     section.table = [_table_row(name, values) for name, values in run.policies.items()]
     section.facts = _facts(run)
+    if section.policy is not None:
+        dense_by_kind = run.policies[DENSE].get("by_kind") or {}
+        for kind, values in (run.policies[section.policy].get("by_kind") or {}).items():
+            full = _table_row(kind, dense_by_kind[kind])
+            section.kinds.append(_table_row(kind, values) | {"n": str(values["n"]), "dense": full["score"]})
     metric = run.summary["settings"]["metric"].replace("_", " ")
     batch = run.summary["settings"]["batch_size"]
     costs = "Cost: FLOPs of the decoder over the prompt"
@@ -208,6 +216,17 @@ COLUMNS = [
     ("prefill", "prefill time"),
     ("decoder", "its decoder part"),
     ("decode", "decode time"),
+]
+
+
+KIND_COLUMNS = [
+    ("policy", "kind"),
+    ("n", "samples"),
+    ("dense", "dense score"),
+    ("score", "score"),
+    ("agreement", "same answer"),
+    ("exit", "mean exit"),
+    ("flops", "FLOPs removed"),
 ]
 
 
@@ -584,7 +603,8 @@ figcaption { font-size: .87rem; margin-top: .4rem; max-width: 46rem; }
 <body>
 <h1>Visual exit: what it saves and what it changes</h1>
 <p class="quiet">Every policy against the dense model on the same samples.
-An answer counts as changed when a single token differs.</p>
+An answer counts as changed when a single token differs. FLOPs and KV cache are those a sample's prompt needs in the
+decoder, without padding; times are measured, and given as a multiple of the dense model's.</p>
 {% for image, caption in overview %}
 <figure><img src="{{ image }}" alt="{{ caption.split('.')[0] }}" style="width: 35rem">
 <figcaption>{{ caption }}</figcaption></figure>
@@ -601,6 +621,14 @@ An answer counts as changed when a single token differs.</p>
 <figure><img src="{{ image }}" alt="{{ caption.split('.')[0] }}" style="width: {{ width }}rem">
 <figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}
+{% if section.kinds %}
+<h3>Per kind, {{ section.policy }}</h3>
+<div class="scroll"><table>
+<thead><tr>{% for _, title in kind_columns %}<th>{{ title }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in section.kinds %}
+<tr>{% for key, _ in kind_columns %}<td>{{ row[key] }}</td>{% endfor %}</tr>{% endfor %}
+</tbody></table></div>
+{% endif %}
 {% if section.examples %}
 <h3>Examples, {{ section.policy }}</h3>
 <div class="cards">

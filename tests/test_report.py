@@ -108,7 +108,17 @@ def test_one_page_holds_everything_and_needs_no_other_file(tmp_path):
         assert picture.size[0] >= 20
     assert len(page.images) == 5 + 12
     text = " ".join(" ".join(page.text).split())
-    for expected in (*POLICIES, "TinyLlava", "a processor", "× 0.50", "× 0.40", "What & <why> 0?", "8 of 12", "± "):
+    for expected in (
+        *POLICIES,
+        "TinyLlava",
+        "a processor",
+        "× 0.50",
+        "× 0.40",
+        "What & <why> 0?",
+        "8 of 12",
+        "± ",
+        "Per kind, learned@0.9",
+    ):
         assert expected in text
     assert "<why>" not in re.sub(r"&lt;why&gt;", "", path.read_text())
 
