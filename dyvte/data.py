@@ -215,7 +215,9 @@ class SceneSamples(Source):
         prompt = config.get("prompt") or "{question}"
         _fields_of(prompt, {"question"})
         self.fingerprint = fingerprint(config)
-        self.name = f"scenes-{settings['split']}-{settings.get('seed', 0)}"
+        self.name = "-".join(
+            ["scenes", settings["split"], str(settings.get("seed", 0)), *(settings.get("kinds") or [])]
+        )
         self.prompt = prompt
         self.rows = list(scenes.samples(settings["split"], n, settings.get("seed", 0), kinds))
 

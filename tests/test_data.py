@@ -277,6 +277,8 @@ def test_scenes():
     assert len(samples) == 11 and samples[0].kind == "arithmetic" and samples[0].question.endswith("? !")
     assert samples[10].id == "scenes-dev-3-10" and len(samples[10].answers) == 1
     assert samples.fingerprint == data.fingerprint(config)
+    some = data.load_samples({"scenes": {"split": "dev", "n": 2, "kinds": ["left_of"]}})
+    assert [s.id for s in some] == ["scenes-dev-0-left_of-0", "scenes-dev-0-left_of-1"]
 
 
 def test_fingerprint_follows_the_samples_alone(folder):
