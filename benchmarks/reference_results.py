@@ -37,7 +37,7 @@ def collect() -> None:
     same = traces.agreement >= 1
     curve = risk_curve(logits_of(heads, traces.state).sigmoid(), same, points=200)
     possible = (traces.num_layers - oracle_exits(same)).double().mean()
-    keep = ("n", "score", "score_stderr", "agreement", "agreement_stderr", "mean_exit_layer", "exit_layers")
+    keep = ("n", "score", "stderr", "agreement", "agreement_stderr", "mean_exit_layer", "exit_layers")
     keep += ("visual_layers_removed", "flops_removed", "kv_bytes_removed", "timing")
     policies = {}
     for name, values in summary["policies"].items():

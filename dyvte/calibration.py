@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from scipy.stats import beta
 
-from dyvte.heads import ExitHeads
+from dyvte.heads import ExitHeads, boldest_safe
 from dyvte.traces import TraceSet
 
 
@@ -38,6 +38,12 @@ class RiskCurve:
     saved: torch.Tensor
     samples: int
     delta: float
+
+    def thinned(self) -> dict[str, list[float]]:
+        """As lists, with one point, the boldest, of every run of thresholds that have the same bound."""
+        last = torch.cat([self.bound[1:] != self.bound[:-1], torch.ones(1, dtype=torch.bool)])
+        names = ("threshold", "risk", "bound", "saved")
+        return {name: [float(f"{v:.9g}") for v in getattr(self, name)[last].tolist()] for name in names}
 
 
 def exits_at(probability: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -74,21 +80,26 @@ def samples_needed(alpha: float, delta: float) -> int:
     return math.ceil(math.log(delta) / math.log1p(-alpha))
 
 
-def risk_curve(probability: torch.Tensor, same: torch.Tensor, delta: float = 0.1, points: int = 1000) -> RiskCurve:
+def threshold_grid(points: int = 800) -> torch.Tensor:
+    """The thresholds that are looked at, from 1 (never exit) down, evenly spaced in logits.
+
+    They are fixed before any data is seen, as fixed-sequence testing demands.
+    """
+    return torch.cat(
+        [torch.ones(1, dtype=torch.double), torch.linspace(14, -4, points - 1, dtype=torch.double).sigmoid()]
+    )
+
+
+def risk_curve(probability: torch.Tensor, same: torch.Tensor, delta: float = 0.1, points: int = 800) -> RiskCurve:
     """Risk and savings of every threshold on the same samples.
 
     Args:
         probability: [n, L], what heads say.
         same: bool [n, L], whether the answer stays the same at exit layer e (column e - 1).
-        points: thresholds looked at, spread over the samples' own probabilities, as fine near 1 as they are.
+        points: how many thresholds, see :func:`threshold_grid`.
     """
     n, layers = probability.shape
-    # What a sample is ready to leave at: only there does a threshold change anything.
-    ready = probability[:, :-1].double().amax(1)
-    logit = torch.linspace(0, 1, points, dtype=torch.double)
-    thresholds = ready.quantile(logit).unique().flip(0)
-    spread = torch.logit(torch.linspace(0.5, 1 - 1e-7, points // 4, dtype=torch.double)).sigmoid()
-    thresholds = torch.cat([thresholds, spread]).clamp(1e-6, 1).unique().flip(0)
+    thresholds = threshold_grid(points)
     exits = torch.stack([exits_at(probability.double(), t) for t in thresholds.tolist()])
     wrong = torch.stack([disagreement(same, e).sum() for e in exits])
     mean = exits.double().mean(1)
@@ -101,20 +112,6 @@ def risk_curve(probability: torch.Tensor, same: torch.Tensor, delta: float = 0.1
         samples=n,
         delta=delta,
     )
-
-
-def choose_threshold(curve: RiskCurve, alpha: float) -> int | None:
-    """The least cautious threshold that keeps the risk below ``alpha``, as an index into the curve.
-
-    Thresholds are tested in a fixed order, from the safest on, and the first failure ends it (fixed-sequence testing,
-    Learn then Test, arXiv 2110.01052), so the confidence holds without correction for the number of thresholds.
-
-    Returns:
-        None if even the safest threshold fails.
-    """
-    fails = curve.bound > alpha
-    last = int(fails.int().argmax()) - 1 if fails.any() else len(fails) - 1
-    return last if last >= 0 else None
 
 
 def calibrate(heads: ExitHeads, traces: TraceSet, alpha: float = 0.01, delta: float = 0.1) -> RiskCurve:
@@ -139,8 +136,9 @@ def calibrate(heads: ExitHeads, traces: TraceSet, alpha: float = 0.01, delta: fl
 
     heads.check_fits(traces.num_layers, traces.state.shape[-1] // 2, traces.provenance.get("base_model"))
     same = traces.agreement >= 1
-    curve = risk_curve(logits_of(heads, traces.state).sigmoid(), same, delta)
-    chosen = choose_threshold(curve, alpha)
+    probability = logits_of(heads, traces.state).sigmoid()
+    curve = risk_curve(probability, same, delta)
+    chosen = boldest_safe(curve.bound.tolist(), alpha)
     if chosen is None:
         raise ValueError(f"no threshold keeps the risk below {alpha} with confidence {1 - delta:g}: allow more risk")
     heads.config.threshold = float(curve.threshold[chosen])
@@ -153,8 +151,21 @@ def calibrate(heads: ExitHeads, traces: TraceSet, alpha: float = 0.01, delta: fl
         "mean_exit_layer": float(curve.exit_layer[chosen]),
         "data": traces.provenance.get("data"),
         "rule": "Clopper-Pearson bound, fixed-sequence testing from the safest threshold",
+        "curve": curve.thinned(),
+        "reliability": reliability(probability, same),
     }
     return curve
+
+
+def reliability(probability: torch.Tensor, same: torch.Tensor, bins: int = 15) -> dict[str, list[float]]:
+    """How often the answer stayed the same where the heads gave a probability of so much: binned, all exit layers."""
+    said, kept = probability[:, :-1].flatten().double(), same[:, :-1].flatten().double()
+    place = (said * bins).long().clamp(max=bins - 1)
+    count = torch.bincount(place, minlength=bins)
+    filled = count > 0
+    means = (torch.bincount(place, values, minlength=bins)[filled] / count[filled] for values in (said, kept))
+    confidence, frequency = (mean.tolist() for mean in means)
+    return {"confidence": confidence, "frequency": frequency, "count": count[filled].tolist()}
 
 
 def compare(heads: ExitHeads, traces: TraceSet, threshold: float | None = None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,22 @@ FORMS = ("shared", "original")
 LABEL_RULES = ("agreement", "original")
 TEXT_STATE = "mean of the text tokens after the last visual token but the last; last prompt token"
 ORIGINAL_KEY = "model.visual_gates_router.{layer}.{name}.weight"
+
+
+def boldest_safe(bound: Sequence[float], alpha: float) -> int | None:
+    """The least cautious threshold that keeps the risk below ``alpha``, as an index into a risk curve.
+
+    Thresholds are tested in a fixed order, from the safest on, and the first failure ends it (fixed-sequence testing,
+    Learn then Test, arXiv 2110.01052), so the confidence holds without correction for the number of thresholds.
+
+    Args:
+        bound: upper confidence bounds of the risk, from the most cautious threshold to the least.
+
+    Returns:
+        None if even the safest threshold fails.
+    """
+    safe = next((i for i, value in enumerate(bound) if value > alpha), len(bound))
+    return safe - 1 if safe > 0 else None
 
 
 class ExitHeadsConfig(PreTrainedConfig):
@@ -162,6 +179,26 @@ class ExitHeads(PreTrainedModel):
         """Whether the probability exceeds ``threshold`` at exit layer ``layer``: [n, 2 * hidden_size] -> bool [n]."""
         bar = math.inf if threshold == 1 else math.log(threshold) - math.log1p(-threshold)
         return self.logit(state, layer) > bar
+
+    def threshold_for(self, risk: float) -> float:
+        """The threshold that changes at most ``risk`` of the answers, from the curve the calibration left.
+
+        Raises:
+            ValueError: the heads were never calibrated, or not on enough samples for such a risk.
+        """
+        calibration = self.config.calibration or {}
+        curve = calibration.get("curve")
+        if curve is None:
+            raise ValueError("these heads carry no risk curve: run `dyvte calibrate`, or give a threshold")
+        if isinstance(risk, bool) or not isinstance(risk, (int, float)) or not 0 < risk < 1:
+            raise ValueError(f"risk must lie strictly between 0 and 1, not {risk}: it is a share of changed answers")
+        chosen = boldest_safe(curve["bound"], risk)
+        if chosen is None:
+            raise ValueError(
+                f"{calibration['samples']} calibration samples cannot show a risk as low as {risk}: "
+                f"the least is {curve['bound'][0]:.4g}; calibrate on more samples"
+            )
+        return curve["threshold"][chosen]
 
     def check_fits(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
         """Raises ``ValueError`` if the heads were made for a decoder of another shape or for another model."""

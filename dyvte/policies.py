@@ -122,9 +122,15 @@ class LearnedExit(ExitPolicy):
         heads: trained :class:`~dyvte.ExitHeads` for this model.
         threshold: probability in (0, 1] that must be exceeded; 1 never exits. Default: the heads' own.
         min_layer: the smallest exit layer considered.
+        risk: instead of a threshold, the share of answers that may change, such as 0.02; the threshold comes from the
+            curve that the heads' calibration left.
     """
 
-    def __init__(self, heads: ExitHeads, threshold: float | None = None, min_layer: int = 1):
+    def __init__(self, heads: ExitHeads, threshold: float | None = None, min_layer: int = 1, risk: float | None = None):
+        if threshold is not None and risk is not None:
+            raise ValueError("give a threshold or a risk, not both: a risk chooses the threshold")
+        if risk is not None:
+            threshold = heads.threshold_for(risk)
         threshold = heads.config.threshold if threshold is None else threshold
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
             raise ValueError(f"threshold must lie in (0, 1], not {threshold}: 1 never exits, small values exit early")

@@ -10,7 +10,6 @@ from models import LAYERS, tiny_llava
 
 from dyvte.calibration import (
     calibrate,
-    choose_threshold,
     clopper_pearson,
     compare,
     disagreement,
@@ -20,6 +19,8 @@ from dyvte.calibration import (
     samples_needed,
 )
 from dyvte.fitting import FitSettings, exit_labels, fit_heads, logits_of, quality
+from dyvte.heads import ExitHeads, boldest_safe
+from dyvte.policies import LearnedExit
 from dyvte.traces import TraceSet
 
 SIZE = 12
@@ -102,7 +103,7 @@ def test_the_bound_is_the_exact_one():
 
 def test_the_promise_is_kept():
     """Thresholds chosen on one half keep the risk on the other, in at least 1 - delta of many splits."""
-    traces, alpha, delta = made_up_traces(4000, seed=2), 0.05, 0.1
+    traces, alpha, delta = made_up_traces(4000, seed=2), 0.1, 0.1
     heads = fit_heads(made_up_traces(), FitSettings(epochs=5, width=16), progress=False)
     probability, same = logits_of(heads, traces.state).sigmoid(), traces.agreement >= 1
     broken, saved, trials = 0, 0.0, 60
@@ -110,13 +111,13 @@ def test_the_promise_is_kept():
         order = torch.randperm(len(traces), generator=torch.Generator().manual_seed(seed))
         held, test = order[:2000], order[2000:]
         curve = risk_curve(probability[held], same[held], delta, points=200)
-        chosen = choose_threshold(curve, alpha)
+        chosen = boldest_safe(curve.bound.tolist(), alpha)
         exits = exits_at(probability[test].double(), float(curve.threshold[chosen]))
         broken += disagreement(same[test], exits).float().mean().item() > alpha
         saved += float(curve.saved[chosen]) / trials
     # The share of broken splits has a binomial error of its own.
     assert broken / trials <= delta + 2 * (delta * (1 - delta) / trials) ** 0.5
-    assert saved > 0.05  # never exiting would keep any promise
+    assert saved > 0.1  # never exiting would keep any promise
 
 
 def test_calibrated_heads_say_how():
@@ -129,6 +130,28 @@ def test_calibrated_heads_say_how():
     assert result["oracle"] == {"agreement": 1.0, "mean_exit_layer": pytest.approx(3.4, abs=0.3), "oracle_share": 1.0}
     assert [row["mean_exit_layer"] for row in result["fixed"]] == list(range(1, LAYERS + 1))
     assert json.loads(json.dumps(result)) == result
+
+
+def test_another_risk_from_the_stored_curve(tmp_path):
+    heads, traces = fit_heads(made_up_traces(), FitSettings(epochs=10), progress=False), made_up_traces(2000, seed=3)
+    calibrate(heads, traces, alpha=0.05)
+    heads.save_pretrained(tmp_path)
+    loaded = ExitHeads.from_pretrained(tmp_path)
+    for alpha in (0.02, 0.05, 0.2):
+        calibrate(heads, traces, alpha=alpha)
+        assert LearnedExit(loaded, risk=alpha).threshold == pytest.approx(heads.config.threshold, rel=1e-8)
+    with pytest.raises(ValueError, match="cannot show a risk as low as 0.0001"):
+        LearnedExit(loaded, risk=0.0001)
+    with pytest.raises(ValueError, match="a threshold or a risk, not both"):
+        LearnedExit(loaded, threshold=0.5, risk=0.01)
+    with pytest.raises(ValueError, match="carry no risk curve"):
+        LearnedExit(fit_heads(made_up_traces(), FitSettings(epochs=1), progress=False), risk=0.01)
+
+
+def test_the_first_failure_ends_the_search():
+    assert boldest_safe([0.001, 0.004, 0.02, 0.003], 0.01) == 1
+    assert boldest_safe([0.001, 0.004], 0.01) == 1
+    assert boldest_safe([0.02, 0.001], 0.01) is None
 
 
 def test_too_few_samples_for_the_promise():
