@@ -117,7 +117,7 @@ def test_the_promise_is_kept():
         saved += float(curve.saved[chosen]) / trials
     # The share of broken splits has a binomial error of its own.
     assert broken / trials <= delta + 2 * (delta * (1 - delta) / trials) ** 0.5
-    assert saved > 0.1  # never exiting would keep any promise
+    assert saved > 0.05  # never exiting would keep any promise
 
 
 def test_calibrated_heads_say_how():
