@@ -55,7 +55,11 @@ class WithdrawnLayer(DynamicLayer):
     @property
     def later(self) -> int:
         """How many of the places held follow the recorded columns."""
-        return self.get_seq_length() - self.columns.index.shape[1]
+        return self.keys.shape[2] - self.columns.index.shape[1]
+
+    def get_seq_length(self) -> int:
+        """The length of the full sequence, as a sliding layer gives it: the model places new tokens and masks by it."""
+        return self.end + self.later if self.is_initialized and self.keys.numel() > 0 else 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Like its parent's; the columns removed must be held by every sample."""
@@ -121,7 +125,10 @@ class WithdrawnLayer(DynamicLayer):
             def in_window(batch: Any, head: Any, query: Any, key: Any) -> Any:
                 return position[batch, key] > position[batch, query] - window
 
-        cache = Cache(layers=[self])
+        places = DynamicLayer()
+        places.lazy_initialization(self.keys, self.values)
+        places.keys, places.values = self.keys, self.values
+        cache = Cache(layers=[places])
         return create_causal_mask(
             config, hidden, padding, past_key_values=cache, and_mask_function=in_window, layer_idx=0
         )

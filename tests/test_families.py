@@ -137,16 +137,18 @@ def continued(family: Family, inputs: dict, answer: torch.Tensor, more: dict) ->
     return more | {"input_ids": ids, "attention_mask": mask} | family.extra(ids)
 
 
-@pytest.mark.parametrize("second", ["text", "image"])
+@pytest.mark.parametrize("second", ["text", "image", "image for one"])
 @pytest.mark.parametrize(("family", "attention"), pairs())
 def test_a_second_turn(family, attention, second):
     """A turn of text keeps the earlier exits; a new image gets its own, per sample."""
-    if second == "image" and not family.later_images:
+    if second != "text" and not family.later_images:
         pytest.skip("generate itself cannot place a new image on a continued cache")
     first = family.batch([3, "image", 5], [2, "image", 8])
-    rows = ([4], [6]) if second == "text" else ([2, "image", 3], [4, "image", 5])
-    more = family.batch(*rows, seed=1)
+    rows = {"text": ([4], [6]), "image": ([2, "image", 3], [4, "image", 5]), "image for one": ([2, "image", 3], [2])}
+    more = family.batch(*rows[second], seed=1)
     turns = [[family.first, LAYERS - 1], [LAYERS - 2, family.first]]
+    if second == "image for one":  # every layer but the first few is cut from the first turn on
+        turns = [[family.first] * 2] * 2
 
     def talk(model, context):
         with context(0):

@@ -1,0 +1,107 @@
+"""Random families, prompts, paddings, exits and ways of decoding: the exit equals its definition.
+
+A handful of cases by default; ``DYVTE_FUZZ_CASES=2000 pytest tests/test_fuzz.py`` for many.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from families import FAMILIES, LAYERS, Family
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from models import masked_visual_columns
+
+import dyvte
+
+CASES = int(os.environ.get("DYVTE_FUZZ_CASES", "40"))
+STEPS = 4
+MODES = {
+    "forward": {},
+    "greedy": {},
+    "no cache": {"use_cache": False},
+    "sampling": {"do_sample": True, "temperature": 1.0, "top_k": 50},
+    "beams": {"num_beams": 3},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "two turns": {},
+}
+
+
+@st.composite
+def cases(draw):
+    family: Family = FAMILIES[draw(st.sampled_from(sorted(FAMILIES)))]
+    mode = draw(st.sampled_from(sorted(MODES)))
+    rows = 1 if mode == "prompt lookup" else draw(st.integers(1, 4))
+    look = st.sampled_from(family.looks)
+    text = st.integers(1, 12)
+    prompts = []
+    for _ in range(rows):
+        images = draw(st.lists(st.tuples(st.integers(0, 6), look), max_size=3))
+        # Beginning with an image, images side by side, no image at all: all are there.
+        prompt = [piece for before, image in images for piece in ((before, image) if before else (image,))]
+        prompts.append([*prompt, draw(text)])
+    exits = draw(st.lists(st.integers(family.first, LAYERS), min_size=rows, max_size=rows))
+    attention = draw(st.sampled_from(family.attentions))
+    side = draw(st.sampled_from(["left", "right"])) if mode == "forward" else "left"
+    later = [[draw(text), *([draw(look)] if family.later_images and draw(st.booleans()) else []), draw(text)]
+             for _ in range(rows)]  # fmt: skip
+    return family, mode, prompts, exits, attention, side, later, draw(st.integers(0, 9))
+
+
+def run(model, family, mode, inputs, more, seed):
+    """What is compared: ids (or None), and logits, [rows, vocabulary] each."""
+    arguments = {"max_new_tokens": STEPS, "do_sample": False} | MODES[mode]
+    arguments |= {"output_logits": True, "return_dict_in_generate": True}
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        if mode == "forward":
+            logits = model(**inputs).logits
+            return None, logits[inputs["attention_mask"].bool() & ~family.visual(inputs)]
+        out = model.generate(**inputs, **arguments)
+        if mode == "two turns":
+            answer = out.sequences[:, -STEPS:]
+            ids = torch.cat([inputs["input_ids"], answer, more["input_ids"]], 1)
+            mask = torch.cat([inputs["attention_mask"], torch.ones_like(answer), more["attention_mask"]], 1)
+            following = more | {"input_ids": ids, "attention_mask": mask} | family.extra(ids)
+            out = model.generate(**following, past_key_values=out.past_key_values, **arguments)
+    return out.sequences, torch.cat(out.logits)
+
+
+def repetitive(inputs: dict) -> None:
+    """Makes the text of two words only, so that lookups find something to propose."""
+    ids = inputs["input_ids"]
+    ids[(ids >= 3) & (ids < 80)] %= 2
+    ids[ids < 2] += 3
+
+
+def leaves(visual: torch.Tensor, exits: torch.Tensor) -> torch.Tensor:
+    return torch.where(visual.any(1), exits, LAYERS)
+
+
+@settings(
+    max_examples=CASES, deadline=None, derandomize=CASES <= 40, print_blob=True,
+    suppress_health_check=list(HealthCheck), database=None,
+)  # fmt: skip
+@given(cases())
+def test_any_case_equals_the_definition(case):
+    family, mode, prompts, exits, attention, side, later, seed = case
+    event(mode)
+    inputs, more = family.batch(*prompts, side=side, seed=seed), family.batch(*later, seed=seed + 1)
+    if mode == "prompt lookup":
+        repetitive(inputs)
+    exits, visual = torch.tensor(exits), family.visual(inputs)
+    rows = max(MODES[mode].get("num_beams", 1), MODES[mode].get("num_return_sequences", 1))
+    answer = torch.zeros(len(visual), STEPS, dtype=torch.bool)
+    whole = torch.cat([visual, answer, family.visual(more)], 1) if mode == "two turns" else visual
+    eager, model = family.build("eager"), family.build(attention)
+    with masked_visual_columns(eager, whole, exits):
+        expected_ids, expected = run(eager, family, mode, inputs, more, seed)
+    with dyvte.visual_exit(model, dyvte.FixedExit(exits.repeat_interleave(rows))) as handle:
+        ids, logits = run(model, family, mode, inputs, more, seed)
+    # Equal logits make equal ids, but for ties closer than the tolerance, which beams can meet.
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    assert expected_ids is None or ids.tolist() == expected_ids.tolist()
+    if mode != "two turns":
+        assert handle.layers.tolist() == leaves(visual, exits).repeat_interleave(rows).tolist()
