@@ -1,4 +1,4 @@
-"""VTW, the static baseline (arXiv 2405.05803): one exit layer for all questions, chosen by the change in the next token.
+"""VTW, the static baseline (arXiv 2405.05803): one exit layer for all, chosen by the change in the next token.
 
 The original runs the model once per candidate layer and sample. Traces hold the same numbers for all layers already.
 """
