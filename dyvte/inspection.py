@@ -282,20 +282,10 @@ def _plot_attention(axes: Axes, layers: list[int], result: dict[str, Any]) -> No
     for name, colour, marker in zip(SEEN, COLOURS, ("o", "s", "^")):
         axes.plot(layers, from_text[f"to_{name}"], color=colour, marker=marker, markersize=4, label=named[name])
         axes.plot(layers, from_last[f"to_{name}"], color=colour, linewidth=0.9, linestyle=(0, (4, 2)))
-    axes.plot([], [], color=FAINT, linewidth=0.9, linestyle=(0, (4, 2)), label="the same, last token only")
+    axes.plot([], [], color=FAINT, linewidth=0.9, linestyle=(0, (4, 2)), label="dashed: from the last token only")
     share = result["tokens"]["visual"] / sum(result["tokens"].values())
-    axes.axhline(share, color=FAINT, linewidth=0.8, linestyle=":")
-    axes.annotate(
-        f"{share:.0%} of all tokens are visual",
-        (layers[-1] + 0.3, share),
-        xytext=(0, 2),
-        textcoords="offset points",
-        ha="right",
-        va="bottom",
-        fontsize=7,
-        color="#666666",
-    )
-    axes.set_ylim(0, 1)
+    axes.axhline(share, color=FAINT, linewidth=1.1, linestyle=":", label=f"visual share of all tokens, {share:.0%}")
+    axes.set_ylim(0, 1.04)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_title("Where the text after the image looks")
     axes.set_ylabel("share of attention")
@@ -324,7 +314,12 @@ def _plot_change(axes: Axes, layers: list[int], result: dict[str, Any]) -> None:
     if unneeded < result["layers"]:
         handles.append(
             axes.plot(
-                [], [], color=INK, linewidth=0.9, linestyle=(0, (1, 2)), label=f"from here on at least {SAFE:.0%}"
+                [],
+                [],
+                color=INK,
+                linewidth=0.9,
+                linestyle=(0, (1, 2)),
+                label=f"from here on at least {SAFE:.0%} unchanged",
             )[0]
         )
     axes.legend(handles=handles, fontsize=7.5, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.04))
@@ -344,5 +339,6 @@ def _plot_similarity(axes: Axes, layers: list[int], result: dict[str, Any]) -> N
     )
     axes.set_title("How much of the text state stays from the layer before")
     axes.set_ylabel("cosine")
-    axes.set_ylim(top=1.01)
-    axes.legend(fontsize=7.5, loc="lower right", ncols=2)
+    lowest = min(similarity["text"] + similarity["last"])
+    axes.set_ylim(lowest - 0.25 * (1 - lowest), 1 + 0.08 * (1 - lowest))
+    axes.legend(fontsize=7.5, loc="best")
