@@ -348,7 +348,11 @@ class VisualExit:
 
     def _after_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         run = self._pass
-        if self._inside or run is None:
+        if self._inside:
+            return None
+        if index == self.num_layers - 1:
+            self._calls, self._masks = [], {}  # caches and pixels must not outlive the call because of us
+        if run is None:
             return None
         if run.side is not None and run.cache is not None:
             self._merge_caches(index, run)

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
-from models import IMAGE_ID, LAYERS, PATCHES, batch_of, greedy_by_definition, prompt, tiny_llama, tiny_llava
+from models import (
+    IMAGE_ID,
+    LAYERS,
+    PATCHES,
+    batch_of,
+    greedy_by_definition,
+    masked_visual_columns,
+    prompt,
+    tiny_llama,
+    tiny_llava,
+)
 from transformers import DynamicCache, StaticCache
 
 import dyvte
@@ -69,8 +82,6 @@ def test_each_sample_of_a_batch_equals_its_own_run():
 def test_forward_keeps_the_shape_and_the_text_logits(side, use_cache):
     inputs, exits = batch_of(*RAGGED, side=side), torch.tensor([2, 5, 1, 6])
     visual = inputs["input_ids"] == IMAGE_ID
-    from models import masked_visual_columns
-
     eager = tiny_llava("eager")
     with torch.no_grad(), masked_visual_columns(eager, visual, exits):
         expected = eager(**inputs, use_cache=False).logits
@@ -137,8 +148,6 @@ def test_beams_are_reordered_with_the_cache():
     """Beams with an exit equal beams over a model that follows the definition step by step."""
     inputs, exits = batch_of(*RAGGED[:2]), torch.tensor([2, 4])
     visual = (inputs["input_ids"] == IMAGE_ID).repeat_interleave(3, 0)
-    from models import masked_visual_columns
-
     arguments = {"max_new_tokens": STEPS, "num_beams": 3, "do_sample": False}
     eager = tiny_llava("eager")
     with torch.no_grad(), masked_visual_columns(eager, visual, exits.repeat_interleave(3)):
@@ -189,8 +198,6 @@ def test_a_bare_decoder_with_inputs_embeds():
     visual[:, 3:14] = True
     generator = torch.Generator().manual_seed(0)
     inputs = {"inputs_embeds": torch.randn(2, 20, 32, generator=generator), "attention_mask": torch.ones(2, 20).long()}
-    from models import masked_visual_columns
-
     eager = tiny_llama("eager")
     with torch.no_grad(), masked_visual_columns(eager, visual, exits):
         expected = eager(**inputs, use_cache=False).logits[:, -1]
@@ -240,3 +247,13 @@ def test_inputs_embeds_need_a_mask():
     model = tiny_llava()
     with dyvte.visual_exit(model, dyvte.FixedExit(2)), pytest.raises(ValueError, match="pass visual_mask"):
         model(inputs_embeds=torch.zeros(1, 5, 32), past_key_values=DynamicCache())
+
+
+def test_nothing_of_a_call_outlives_it():
+    model, inputs = tiny_llava(), batch_of(*RAGGED)
+    pixels = weakref.ref(inputs["pixel_values"])
+    with torch.no_grad(), dyvte.visual_exit(model, dyvte.FixedExit([1, 3, 5, 6])):
+        cache = weakref.ref(model(**inputs, use_cache=True).past_key_values)
+        del inputs
+        gc.collect()
+        assert cache() is None and pixels() is None
