@@ -46,11 +46,25 @@ class WithdrawnLayer(DynamicLayer):
     Args:
         columns: the columns of the full sequence that are kept, [batch, width].
         end: how many columns the full sequence has so far; what follows is kept in full.
+
+    Attributes:
+        expected: set by the exit before each forward pass; without its masks the layer would be read wrongly.
     """
 
     def __init__(self, columns: Columns, end: int):
         super().__init__()
-        self.columns, self.end = columns, end
+        self.columns, self.end, self.expected = columns, end, True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.expected:
+            raise ValueError(
+                "this cache was filled under a visual exit and holds no visual tokens in some layers: continue it with "
+                "the exit attached, or start a new cache"
+            )
+        self.expected = False
+        return super().update(key_states, value_states, *args, **kwargs)
 
     @property
     def later(self) -> int:

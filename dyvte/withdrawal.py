@@ -610,6 +610,7 @@ class VisualExit:
                 part = getattr(layer, name)
                 together[group.rows.to(part.device), :, width - part.shape[2] :] = part.to(together.device)
             setattr(merged, name, together)
+        merged.expected = False
         self._put_layer(run.cache, index, merged)
         for layer in filled:
             layer.reset()
@@ -637,6 +638,7 @@ class VisualExit:
         if cache is None or index >= len(cache.layers) or not isinstance(cache.layers[index], WithdrawnLayer):
             return None
         layer = cache.layers[index]
+        layer.expected = True
         key = (id(layer.columns), self.windows[index])
         if key not in self._masks:
             given = (call.get("attention_mask") for call in self._calls)

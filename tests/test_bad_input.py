@@ -210,5 +210,16 @@ def test_after_a_refused_call_the_handle_works():
     assert handle.layers.tolist() == [2] and LAYERS == 5
 
 
+@pytest.mark.parametrize("exits", [[2, 2], [2, 4]])
+def test_a_cache_filled_under_an_exit_needs_it(exits):
+    model, inputs = FAMILY.build(), FAMILY.batch([3, "image", 5], [3, "image", 5])
+    following = {"input_ids": torch.tensor([[5], [6]]), "attention_mask": torch.ones(2, 25).long()}
+    with torch.no_grad():
+        with dyvte.visual_exit(model, dyvte.FixedExit(exits)):
+            cache = model(**inputs, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="continue it with the exit attached, or start a new cache"):
+            model(**following, past_key_values=cache)
+
+
 def test_the_table_is_long():
     assert len(ALL) >= 25
