@@ -35,6 +35,7 @@ traces: $(VENV)/installed
 	$(BIN)/dyvte trace configs/trace.yaml
 	$(BIN)/dyvte trace configs/trace.yaml output=runs/traces/calibration data.scenes.split=dev data.scenes.n=4000 data.scenes.seed=12
 	$(BIN)/dyvte trace configs/trace.yaml output=runs/traces/test data.scenes.split=test data.scenes.n=2000 data.scenes.seed=21
+	$(BIN)/dyvte trace configs/trace.yaml output=runs/traces/more data.scenes.split=test data.scenes.n=6000 data.scenes.seed=22
 
 heads: $(VENV)/installed
 	$(BIN)/dyvte train configs/train.yaml

@@ -68,15 +68,19 @@ COMMANDS: dict[str, tuple[str, dict[str, Key]]] = {
         },
     ),
     "calibrate": (
-        "Choose another threshold for trained heads, from held-out traces.\n"
-        "Example:\n"
-        "  dyvte calibrate heads=checkpoints/reference-heads traces=runs/traces/calibration alpha=0.005",
+        "Choose from held-out traces: another threshold for trained heads, or the one exit layer that VTW\n"
+        "(arXiv 2405.05803) would take.\n"
+        "Examples:\n"
+        "  dyvte calibrate heads=checkpoints/reference-heads traces=runs/traces/calibration alpha=0.005\n"
+        "  dyvte calibrate policy=vtw traces=runs/traces/calibration vtw.eta=0.003 output=runs/vtw.json",
         {
-            "heads": Key(..., "folder of the heads"),
+            "policy": Key("learned", "learned: the threshold of heads; vtw: one layer for all"),
+            "heads": Key(None, "learned: folder of the heads"),
             "traces": Key(..., "held-out trace folder(s)"),
-            "output": Key(None, "folder of the recalibrated heads; default: in place"),
-            "alpha": Key(0.01, "the rate of changed answers to stay below"),
-            "delta": Key(0.1, "1 - confidence of that promise"),
+            "output": Key(None, "folder of the recalibrated heads, default: in place; vtw: a JSON file"),
+            "alpha": Key(0.01, "learned: the rate of changed answers to stay below"),
+            "delta": Key(0.1, "learned: 1 - confidence of that promise"),
+            "vtw": Key({}, "vtw: eta (nats, or a name such as llava-1.5-7b), first, samples, seed"),
             "threads": Key(None, "CPU threads of this process"),
         },
     ),
@@ -97,6 +101,20 @@ COMMANDS: dict[str, tuple[str, dict[str, Key]]] = {
             "batch_size": Key(8, "samples per forward pass"),
             "max_new_tokens": Key(None, "longest answer; default: what the data asks for, else 16"),
             "metric": Key(None, "how answers are scored; default: what the data asks for, else exact_match"),
+        },
+    ),
+    "inspect": (
+        "Look into a model layer by layer: where its text tokens look, what every exit would change, how fast the\n"
+        "text state changes. Writes numbers and one figure.\n"
+        "Example:\n"
+        "  dyvte inspect model=checkpoints/reference-mllm dtype=float32 output=runs/inspect \\\n"
+        "      'data={scenes: {split: test, n: 120}}'",
+        MODEL_KEYS
+        | {
+            "data": Key(..., "what to ask: a mapping or a YAML file such as configs/data/gqa.yaml"),
+            "output": Key(..., "folder of the numbers and the figure"),
+            "batch_size": Key(8, "samples per forward pass"),
+            "max_new_tokens": Key(None, "longest answer; default: what the data asks for, else 16"),
         },
     ),
     "report": (
@@ -189,11 +207,9 @@ def as_list(value: Any) -> list[Any]:
 
 def data_config(config: dict[str, Any]) -> dict[str, Any]:
     """The data of a command, from a file if it names one; the command's own scoring keys win over the data's."""
-    data = config["data"]
-    if isinstance(data, str):
-        if not Path(data).is_file():
-            raise ValueError(f"there is no data config {data}: name a YAML file such as configs/data/gqa.yaml")
-        data = yaml.safe_load(Path(data).read_text())
+    from dyvte.data import read_config as read_data
+
+    data = read_data(config["data"])
     for key, default in (("max_new_tokens", 16), ("metric", "exact_match")):
         if key in config and config[key] is None:
             config[key] = data.get(key, default)
@@ -244,6 +260,17 @@ def train(config: dict[str, Any]) -> None:
 
 
 def calibrate(config: dict[str, Any]) -> None:
+    if config["policy"] == "vtw":
+        from dyvte.vtw import calibrate as choose_layer
+
+        print(
+            json.dumps(choose_layer(as_list(config["traces"]), config["output"], **config["vtw"]).as_dict(), indent=2)
+        )
+        return
+    if config["policy"] != "learned":
+        raise ValueError(f"policy must be learned or vtw, not {config['policy']!r}")
+    if config["heads"] is None:
+        raise ValueError("`dyvte calibrate` needs heads=FOLDER, or policy=vtw")
     from dyvte.calibration import calibrate as set_threshold
     from dyvte.heads import ExitHeads
     from dyvte.traces import load_traces
@@ -251,7 +278,8 @@ def calibrate(config: dict[str, Any]) -> None:
     heads = ExitHeads.from_pretrained(config["heads"])
     set_threshold(heads, load_traces(*as_list(config["traces"])), config["alpha"], config["delta"])
     heads.save_pretrained(config["output"] or config["heads"])
-    print(json.dumps(heads.config.calibration, indent=2))
+    shown = ("alpha", "delta", "samples", "risk", "bound", "mean_exit_layer")
+    print(json.dumps({"threshold": heads.config.threshold} | {k: heads.config.calibration[k] for k in shown}, indent=2))
 
 
 def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any]:
@@ -309,7 +337,40 @@ def evaluate(config: dict[str, Any]) -> None:
         template=data.get("template"),
         config=config | {"data": data},
     )
+    if config["heads"] is not None:
+        _write_promise(config["heads"], Path(config["output"]))
     print(json.dumps(summary, indent=2))
+
+
+def _write_promise(heads: str, folder: Path) -> None:
+    """Puts what the heads' calibration left beside the results, for the report."""
+    from dyvte.heads import ExitHeads
+
+    found = ExitHeads.from_pretrained(heads).config
+    if found.calibration and "curve" in found.calibration:
+        curve = found.calibration["curve"] | {key: found.calibration[key] for key in ("alpha", "delta")}
+        (folder / "curve.json").write_text(json.dumps(curve | {"chosen": found.threshold}))
+        (folder / "reliability.json").write_text(json.dumps(found.calibration["reliability"]))
+
+
+def inspect(config: dict[str, Any]) -> None:
+    from dyvte.data import load_samples
+    from dyvte.inspection import inspect_model
+
+    data = data_config(config)
+    samples = load_samples(data)
+    model, processor = load_model(config)
+    inspect_model(
+        model,
+        processor,
+        samples,
+        config["output"],
+        batch_size=config["batch_size"],
+        max_new_tokens=config["max_new_tokens"],
+        template=data.get("template"),
+        config=config | {"data": data},
+    )
+    print(Path(config["output"], "inspect.png"))
 
 
 def report(config: dict[str, Any]) -> None:

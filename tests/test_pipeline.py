@@ -161,6 +161,20 @@ def test_from_traces_to_a_report(mllm, traces, tmp_path, capsys):
     assert set(summary["policies"]) == {"dense", "learned", "fixed-2", "random"}
     assert summary["policies"]["fixed-2"]["mean_exit_layer"] == 2
     main(["report", f"directory={results}"])
+    assert json.loads((results / "curve.json").read_text())["alpha"] == 0.4
+    capsys.readouterr()
+    main(
+        ["calibrate", "policy=vtw", f"traces={traces}", "vtw.first=1", "vtw.eta=100", f"output={tmp_path / 'vtw.json'}"]
+    )
+    assert json.loads((tmp_path / "vtw.json").read_text())["layer"] == 1
+    main(
+        [
+            "inspect",
+            *(f"{k}={json.dumps(settings[k])}" for k in ("model", "dtype", "data")),
+            f"output={tmp_path / 'look'}",
+        ]
+    )
+    assert (tmp_path / "look" / "inspect.png").stat().st_size > 10_000
     assert list(results.rglob("*.html"))
 
 
@@ -205,6 +219,8 @@ def test_overrides_reach_into_mappings():
             ["evaluate", "model=m", "data={scenes: {}}", "output=o", "policies={fixed: {depth: 2}}"],
             "wrong settings for policy",
         ),
+        (["calibrate", "traces=t"], "needs heads=FOLDER"),
+        (["calibrate", "traces=t", "policy=best"], "must be learned or vtw"),
         (["demo", "model=nowhere"], "no checkpoint in nowhere"),
         (["convert", "weights=nowhere", "base_model=m", "output=o"], "no file nowhere"),
     ],
