@@ -309,19 +309,10 @@ def _plot_change(axes: Axes, layers: list[int], result: dict[str, Any]) -> None:
         layers, kl, color=COLOURS[1], marker="s", markersize=3.5, linestyle=(0, (4, 2)), label="KL of the next token"
     )
     right.set_ylabel("KL of the next token, nats", color=COLOURS[1])
-    unneeded = result["unneeded_from"]
     handles = [h for a in (axes, right) for h in a.get_legend_handles_labels()[0]]
-    if unneeded < result["layers"]:
-        handles.append(
-            axes.plot(
-                [],
-                [],
-                color=INK,
-                linewidth=0.9,
-                linestyle=(0, (1, 2)),
-                label=f"from here on at least {SAFE:.0%} unchanged",
-            )[0]
-        )
+    if result["unneeded_from"] < result["layers"]:
+        text = f"from here on at least {SAFE:.0%} unchanged"
+        handles += axes.plot([], [], color=INK, linewidth=0.9, linestyle=(0, (1, 2)), label=text)
     axes.legend(handles=handles, fontsize=7.5, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.04))
 
 

@@ -1,0 +1,405 @@
+"""Pruning equals its definition, alone and with an exit; what is dropped is really gone."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import FAMILIES
+from models import IMAGE_ID, LAYERS, PATCHES, batch_of, llama_config, prompt, tiny_llama, tiny_llava
+
+import dyvte
+from dyvte.flops import layer_flops, prefill_flops
+from dyvte.pruning import FastV, Pruning, RandomPruning, visual_pruning
+from dyvte.tokens import find_decoder
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+RAGGED = [prompt(3, 5, seed=1), prompt(1, 9, seed=2), prompt(6, 1, seed=3), prompt(2, 4, images=2, seed=4)]
+STEPS = 5
+
+
+@contextmanager
+def masked_columns(model, gone_from: torch.Tensor):
+    """The definition: in an eager model nothing sees column c in layers from ``gone_from[:, c]`` on, but itself.
+
+    Args:
+        gone_from: long [batch, prompt length].
+    """
+
+    def hook(index):
+        def before(module, args, kwargs):
+            mask = kwargs["attention_mask"]
+            gone = torch.zeros(len(gone_from), mask.shape[-1], dtype=torch.bool)
+            gone[:, : gone_from.shape[1]] = gone_from <= index
+            blocked = gone[:, None, None, :] & ~torch.eye(mask.shape[-1], dtype=torch.bool)[-mask.shape[2] :]
+            return args, kwargs | {"attention_mask": mask.masked_fill(blocked, torch.finfo(mask.dtype).min)}
+
+        return before
+
+    layers = find_decoder(model).layers
+    hooks = [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def kept_columns(rule: Pruning, model, inputs, visual: torch.Tensor) -> torch.Tensor:
+    """bool [batch, sequence], which visual tokens the rule keeps, from the full maps of an eager model."""
+    if isinstance(rule, RandomPruning):
+        scores = RandomPruning(rule.layer, rule.keep, seed=rule.seed).scores(visual, None)
+    else:
+        with torch.no_grad():
+            maps = model(**inputs, output_attentions=True, use_cache=False).attentions
+        scores = maps[rule.layer - 1][:, :, -1].mean(1)  # left padding: the last column is the last prompt token
+    kept = torch.zeros_like(visual)
+    for row, own, score in zip(kept, visual, scores):
+        columns = own.nonzero().flatten()
+        best = score[columns].argsort(descending=True, stable=True)  # windows hide some: equal scores, the first wins
+        row[columns[best[: rule.count(len(columns))]]] = True
+    return kept
+
+
+def definition(rule: Pruning, exits: torch.Tensor, inputs, visual: torch.Tensor, model):
+    """When each column goes: kept ones at the exit, others at the layer of the rule, whichever comes first."""
+    kept = kept_columns(rule, model, inputs, visual)
+    end = exits[:, None].where(kept, exits[:, None].clamp(max=rule.layer))
+    return end.where(visual, LAYERS + 1), kept
+
+
+@torch.no_grad()
+def greedy(model, inputs, gone_from, steps=STEPS):
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    chosen, logits = [], []
+    with masked_columns(model, gone_from):
+        for _ in range(steps):
+            position = (mask.cumsum(1) - 1).clamp(min=0)
+            given = inputs | {"input_ids": ids, "attention_mask": mask, "position_ids": position}
+            logits.append(model(**given, use_cache=False).logits[:, -1])
+            chosen.append(logits[-1].argmax(-1))
+            ids = torch.cat([ids, chosen[-1][:, None]], 1)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return torch.stack(chosen, 1), logits
+
+
+def generate(model, inputs, **more):
+    settings = {"max_new_tokens": STEPS, "do_sample": False} | more
+    with torch.no_grad():
+        return model.generate(**inputs, **settings)
+
+
+def check(rule, exits, inputs, attention):
+    visual, exits = inputs["input_ids"] == IMAGE_ID, torch.tensor(exits)
+    gone_from, kept = definition(rule, exits, inputs, visual, tiny_llava("eager"))
+    expected_ids, expected = greedy(tiny_llava("eager"), inputs, gone_from)
+    model = tiny_llava(attention)
+    with visual_pruning(model, rule) as handle:
+        out = generate(model, inputs, output_logits=True, return_dict_in_generate=True)
+    assert out.sequences[:, inputs["input_ids"].shape[1] :].tolist() == expected_ids.tolist()
+    for step in range(STEPS):
+        torch.testing.assert_close(out.logits[step], expected[step], atol=1e-5, rtol=1e-4)
+    assert handle.layers.tolist() == exits.tolist()
+    stayed = exits > rule.layer
+    assert handle.kept[stayed].tolist() == kept.sum(1)[stayed].tolist()
+    return out
+
+
+RULES = [FastV(2, 0.5), FastV(1, 0.1), FastV(4, 0.8), RandomPruning(2, 0.5, seed=3), RandomPruning(3, 0.3)]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_ragged_batch_equals_the_definition(rule, attention):
+    if isinstance(rule, RandomPruning):
+        rule = RandomPruning(rule.layer, rule.keep, seed=rule.seed)
+    check(rule, [LAYERS] * 4, batch_of(*RAGGED), attention)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_one_sample_equals_the_definition(attention):
+    out = check(FastV(2, 0.25), [LAYERS], batch_of(prompt(3, 5)), attention)
+    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    new = STEPS - 1
+    assert lengths == [8 + PATCHES + new] * 2 + [8 + 4 + new] * (LAYERS - 2)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("exits", [[4, 4, 4, 4], [3, 5, 6, 4], [1, 4, 2, 6], [2, 2, 2, 2], [1, 1, 1, 1], [3, 1, 1, 3]])
+@pytest.mark.parametrize("kind", [FastV, RandomPruning])
+def test_with_an_exit_it_equals_the_definition(kind, exits, attention):
+    if kind is RandomPruning:  # samples that leave before draw nothing, so that kept_columns would draw otherwise
+        exits = [max(e, 3) for e in exits]
+    rule = kind(2, 0.4, exit=dyvte.FixedExit(exits))
+    check(rule, exits, batch_of(*RAGGED), attention)
+
+
+class Reads(dyvte.ExitPolicy):
+    """Leaves where the state says so, like exit heads; notes what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def plan(self, batch_size, num_layers):
+        return None
+
+    def leaves(self, layer, state):
+        self.asked.append((layer, len(state)))
+        return state[:, 0] * (layer + 1) > 1.0
+
+
+def test_an_exit_that_reads_the_state():
+    """State and exits are those of the masked definition, in which the exit is asked after every layer."""
+    inputs, model, policy = batch_of(*RAGGED), tiny_llava(), Reads()
+    with visual_pruning(model, FastV(2, 0.4, exit=policy)) as handle:
+        generate(model, inputs)
+    exits = handle.layers.tolist()
+    assert len(set(exits)) > 1 and policy.asked[0] == (1, 4)
+    assert [layer for layer, _ in policy.asked] == list(range(1, LAYERS))
+    assert [n for _, n in policy.asked] == [sum(e >= layer for e in exits) for layer in range(1, LAYERS)]
+    check(FastV(2, 0.4, exit=Reads()), exits, inputs, "sdpa")
+
+
+def test_each_sample_of_a_batch_equals_its_own_run():
+    model, inputs, rule = tiny_llava(), batch_of(*RAGGED), FastV(2, 0.4)
+    with rule(model):
+        together = generate(model, inputs)[:, -STEPS:]
+    image = 0
+    for row, ids in enumerate(RAGGED):
+        alone, count = batch_of(ids), ids.count(IMAGE_ID) // PATCHES
+        alone["pixel_values"] = inputs["pixel_values"][image : image + count]
+        image += count
+        with rule(model):
+            assert generate(model, alone)[0, -STEPS:].tolist() == together[row].tolist()
+
+
+def test_random_draws_do_not_depend_on_the_batch():
+    model = tiny_llava()
+    inputs = batch_of(*RAGGED[:2])
+    with RandomPruning(2, 0.5, seed=7)(model):
+        together = generate(model, inputs)[:, -STEPS:]
+    rule = RandomPruning(2, 0.5, seed=7)
+    for row in range(2):
+        alone = batch_of(RAGGED[row]) | {"pixel_values": inputs["pixel_values"][row : row + 1]}
+        with rule(model):
+            assert generate(model, alone)[0, -STEPS:].tolist() == together[row].tolist()
+    assert rule.scores(torch.ones(1, 50).bool(), None).unique().numel() == 50
+
+
+@pytest.mark.parametrize("kind", [FastV, RandomPruning])
+def test_keeping_all_is_bit_equal_to_dense(kind):
+    model, inputs = tiny_llava(), batch_of(*RAGGED)
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        with visual_pruning(model, kind(2, 1.0)) as handle:
+            assert torch.equal(model(**inputs).logits, dense)
+        assert torch.equal(model(**inputs).logits, dense)
+    assert handle.layers.tolist() == [LAYERS] * 4 and handle.kept.tolist() == [PATCHES] * 3 + [2 * PATCHES]
+
+
+@pytest.mark.parametrize("kind", [FastV, RandomPruning])
+@pytest.mark.parametrize("layer", [1, 3, LAYERS])
+def test_keeping_none_is_an_exit(kind, layer):
+    model, inputs = tiny_llava(), batch_of(*RAGGED)
+    with visual_pruning(model, kind(layer, 0.0)) as handle:
+        out = generate(model, inputs, output_logits=True, return_dict_in_generate=True)
+    with dyvte.visual_exit(model, dyvte.FixedExit(layer)) as exits:
+        expected = generate(model, inputs, output_logits=True, return_dict_in_generate=True)
+    assert out.sequences.tolist() == expected.sequences.tolist() and handle.layers.tolist() == exits.layers.tolist()
+    torch.testing.assert_close(out.logits, expected.logits, atol=1e-5, rtol=1e-4)
+
+
+def test_text_only_samples_stay_as_they_are():
+    model, inputs = tiny_llava(), batch_of(prompt(3, 5), prompt(4, 7, images=0), prompt(2, 3, seed=3))
+    dense = generate(model, inputs)
+    with FastV(1, 0.0)(model) as handle:
+        out = generate(model, inputs)
+    assert handle.layers.tolist() == [1, LAYERS, 1] and handle.kept.tolist() == [0, 0, 0]
+    assert out[1].tolist() == dense[1].tolist()
+
+
+@pytest.mark.parametrize("rule", [FastV(2, 0.4), RandomPruning(2, 0.4)], ids=str)
+def test_beams_keep_the_same_tokens(rule):
+    model, inputs = tiny_llava(), batch_of(*RAGGED[:2])
+    with rule(model) as handle:
+        out = generate(model, inputs, num_beams=3, num_return_sequences=3)
+    assert handle.kept.tolist() == [6] * 6 and len(out) == 6
+    if isinstance(rule, FastV):
+        visual = inputs["input_ids"] == IMAGE_ID
+        gone_from, _ = definition(rule, torch.full((2,), LAYERS), inputs, visual, tiny_llava("eager"))
+        eager = tiny_llava("eager")
+        with masked_columns(eager, gone_from.repeat_interleave(3, 0)):
+            expected = generate(eager, inputs, num_beams=3, num_return_sequences=3, use_cache=False)
+        assert out.tolist() == expected.tolist()
+
+
+# Deepstack and interleaved positions, windows, image blocks that attend both ways, a prefix.
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "mistral3_sliding", "paligemma"])
+def test_families(name):
+    family = FAMILIES[name]
+    inputs = family.batch([3, "image", 5], [1, "image", 9], [2, "image", 4, "image", 6])
+    visual = family.visual(inputs)
+    rule, layers = FastV(max(family.first, 2), 0.5), len(find_decoder(family.build()).layers)
+    eager = family.build("eager")
+    kept = kept_columns(rule, eager, inputs, visual)
+    gone_from = torch.where(visual & ~kept, rule.layer, layers + 1)
+    with torch.no_grad(), masked_columns(eager, gone_from):
+        expected = eager(**inputs, use_cache=False).logits
+    for attention in family.attentions:
+        model = family.build(attention)
+        with torch.no_grad(), rule(model):
+            logits = model(**inputs).logits
+        text = inputs["attention_mask"].bool() & ~visual
+        torch.testing.assert_close(logits[text], expected[text], atol=1e-5, rtol=1e-4)
+
+
+def test_a_bare_decoder():
+    visual = torch.zeros(2, 20, dtype=torch.bool)
+    visual[:, 3:14] = True
+    inputs = {"inputs_embeds": torch.randn(2, 20, 32), "attention_mask": torch.ones(2, 20).long()}
+    rule, eager = FastV(2, 0.5), tiny_llama("eager")
+    gone_from = torch.where(visual & ~kept_columns(rule, eager, inputs, visual), 2, LAYERS + 1)
+    with torch.no_grad(), masked_columns(eager, gone_from):
+        expected = eager(**inputs, use_cache=False).logits[:, -1]
+    model = tiny_llama()
+    with torch.no_grad(), visual_pruning(model, rule, visual_mask=visual) as handle:
+        torch.testing.assert_close(model(**inputs).logits[:, -1], expected, atol=1e-5, rtol=1e-4)
+    assert handle.kept.tolist() == [6, 6]
+
+
+def test_a_second_image_in_a_later_turn():
+    """Its scores count what the cache holds; the first image stays as it was pruned."""
+    model, rule = tiny_llava(), FastV(2, 0.5)
+    first, second = batch_of(prompt(3, 5)), batch_of(prompt(2, 4, seed=8), seed=8)
+    whole = {
+        "input_ids": torch.cat([first["input_ids"], second["input_ids"]], 1),
+        "attention_mask": torch.ones(1, 46, dtype=torch.long),
+        "pixel_values": torch.cat([first["pixel_values"], second["pixel_values"]]),
+    }
+    with torch.no_grad(), rule(model) as handle:
+        cache = model(**first, use_cache=True).past_key_values
+        out = model(**second | {"attention_mask": whole["attention_mask"]}, past_key_values=cache)
+    assert handle.kept.tolist() == [8]
+    assert [layer.keys.shape[2] for layer in cache.layers] == [46] * 2 + [46 - 16] * (LAYERS - 2)
+    eager = tiny_llava("eager")
+    gone_from = torch.full((1, 46), LAYERS + 1)
+    gone_from[:, :24] = definition(rule, torch.tensor([LAYERS]), first, first["input_ids"] == IMAGE_ID, eager)[0]
+    gone_from[gone_from == LAYERS] = LAYERS + 1
+    with torch.no_grad():
+        scores = eager(**whole, output_attentions=True).attentions[1][0, :, -1].mean(0)
+    new = (whole["input_ids"][0] == IMAGE_ID) & (torch.arange(46) >= 24)
+    gone_from[0, new.nonzero().flatten()[scores[new].topk(8, largest=False).indices]] = 2
+    with torch.no_grad(), masked_columns(eager, gone_from):
+        expected = eager(**whole, use_cache=False).logits[:, -1]
+    torch.testing.assert_close(out.logits[:, -1], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_hooks_go_also_after_an_exception():
+    model = tiny_llava()
+    with pytest.raises(RuntimeError, match="mine"), FastV(2, 0.5)(model):
+        raise RuntimeError("mine")
+    for module in model.modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks
+    assert "generate" not in vars(model)
+
+
+def test_the_model_stays_sdpa():
+    model = tiny_llava("sdpa")
+    with FastV(2, 0.5)(model):
+        generate(model, batch_of(*RAGGED))
+        assert find_decoder(model).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: FastV(0, 0.5), "layer must be a number of decoder layers"),
+        (lambda: FastV(2.0, 0.5), "layer must be a number of decoder layers"),
+        (lambda: FastV(2, 1.5), "keep must be the share"),
+        (lambda: FastV(2, float("nan")), "keep must be the share"),
+        (lambda: RandomPruning(2, 0.5, seed=0.5), "seed must be a whole number"),
+        (lambda: FastV(2, 0.5, exit=4), "exit must be an ExitPolicy"),
+        (lambda: FastV(LAYERS + 1, 0.5)(tiny_llava()).__enter__(), "layer 7 is outside 1 ... 6"),
+        (lambda: FastV(2, 0.5, exit=dyvte.FixedExit(9))(tiny_llava()).__enter__(), "outside 1 ... 6"),
+        (lambda: FastV(1, 0.5)(FAMILIES["qwen3_vl"].build()).__enter__(), "layer 1 is outside 2 ... 5"),
+        (lambda: visual_pruning(tiny_llava(), dyvte.FixedExit(2)).__enter__(), "rule must be a Pruning"),
+        (lambda: FastV(2, 0.5)(tiny_llama()).__enter__(), "pass visual_mask"),
+    ],
+)
+def test_bad_input(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_counts():
+    assert [FastV(2, 0.5).count(n) for n in (0, 1, 2, 3, 5, 576)] == [0, 1, 1, 2, 3, 288]
+    assert FastV(2, 0.001).count(10) == 1 and FastV(2, 0.0).count(10) == 0 and FastV(2, 1.0).count(7) == 7
+    rule = FastV(2, 0.5)
+    assert rule.visual_places(10, 6) == 2 * 10 + 4 * 5 and rule.visual_places(10, 1) == 10
+
+
+def test_flops():
+    config = llama_config()
+    rule = RandomPruning(2, 0.5)
+    head = 2 * config.hidden_size * config.vocab_size
+    expected = 2 * layer_flops(config, 30) + 2 * layer_flops(config, 20) + 2 * layer_flops(config, 10) + head
+    assert rule.prefill_flops(config, 10, 20, 4) == expected
+    assert rule.prefill_flops(config, 10, 20, 1) == prefill_flops(config, 10, 20, 1)
+    assert RandomPruning(2, 1.0).prefill_flops(config, 10, 20, 6) == prefill_flops(config, 10, 20, 6)
+    assert RandomPruning(2, 0.0).prefill_flops(config, 10, 20, 6) == prefill_flops(config, 10, 20, 2)
+    # Scores: keys of 30 tokens, one query, one row of attention.
+    scores = 2 * 30 * 32 * 16 + 2 * 32 * 32 + 2 * 32 * 30
+    assert FastV(2, 0.5).prefill_flops(config, 10, 20, 4) == expected + scores
+    assert FastV(2, 0.5).prefill_flops(config, 10, 20, 1) == prefill_flops(config, 10, 20, 1)
+    for wrong in (0, 7):
+        with pytest.raises(ValueError, match="outside 1 ... 6"):
+            rule.prefill_flops(config, 10, 20, wrong)
+    with pytest.raises(ValueError, match="layer 9 is outside"):
+        FastV(9, 0.5).prefill_flops(config, 10, 20, 4)
+
+
+def test_counted_flops():
+    """The closed form is what torch counts while pruning, scores included."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, inputs = tiny_llava("eager"), batch_of(prompt(3, 5))
+    rule = FastV(2, 0.25)
+    with torch.no_grad():
+        embeds = model.model.get_input_embeddings()(inputs["input_ids"])
+        language = SimpleNamespace(model=model.model.language_model, head=model.lm_head)
+        with visual_pruning(language.model, rule, visual_mask=inputs["input_ids"] == IMAGE_ID):
+            language.model(inputs_embeds=embeds)  # the first use checks itself
+            with FlopCounterMode(display=False) as counter:
+                language.head(language.model(inputs_embeds=embeds).last_hidden_state[:, -1:])
+    counted = counter.get_total_flops()
+    config = model.config.text_config
+    assert counted == rule.prefill_flops(config, 8, PATCHES, LAYERS)
+
+
+def test_as_policies_of_evaluate(tmp_path):
+    from reference_mllm import build_model, build_processor
+    from test_evaluation import SETTINGS
+
+    from dyvte.data import load_samples
+    from dyvte.evaluation import evaluate
+
+    torch.manual_seed(0)
+    processor = build_processor(9)
+    model = build_model(SETTINGS, len(processor.tokenizer)).eval()
+    policies = {
+        "fastv-0.5": FastV(2, 0.5),
+        "prune-0.5": RandomPruning(2, 0.5),
+        "fastv-exit": FastV(1, 0.5, exit=dyvte.FixedExit(3)),
+        "fastv-0": FastV(2, 0.0),
+        "fixed-2": dyvte.FixedExit(2),
+    }
+    samples = load_samples({"scenes": {"split": "dev", "n": 6}})
+    settings = {"batch_size": 4, "max_new_tokens": 3, "timing_batches": 1, "progress": False}
+    summary = evaluate(model, processor, samples, policies, tmp_path, **settings)["policies"]
+    assert summary["fastv-exit"]["mean_exit_layer"] == 3 and summary["fastv-0.5"]["mean_exit_layer"] == 4
+    assert summary["fastv-0"]["agreement"] == summary["fixed-2"]["agreement"]
+    assert evaluate(model, processor, samples, policies, tmp_path, **settings)["policies"] == summary
