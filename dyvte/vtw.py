@@ -115,8 +115,12 @@ def calibrate(
     """:func:`choose_exit` from trace folders, written to ``output`` (a JSON file), if given.
 
     Raises:
-        ValueError: as above, or a trace folder that is missing or unfinished.
+        ValueError: as above, an unknown setting, or a trace folder that is missing or unfinished.
     """
+    known = ("eta", "first", "samples", "seed")
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise ValueError(f"unknown settings {', '.join(unknown)} for VTW: choose from {', '.join(known)}")
     if not isinstance(traces, TraceSet):
         traces = load_traces(*(traces if isinstance(traces, list) else [traces]))
     choice = choose_exit(traces, **settings)

@@ -237,6 +237,30 @@ def test_beams_keep_the_same_tokens(rule):
         assert out.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("exit", [None, dyvte.FixedExit(4)])
+def test_guessed_tokens_change_nothing(exit):
+    """Prompt lookup guesses several tokens at once; they go through pruned caches, and wrong ones are cropped."""
+    model = tiny_llava()
+    inputs = batch_of(prompt(3, 5, seed=1))
+    inputs["input_ids"][0, -4:] = inputs["input_ids"][0, -5]
+    with FastV(2, 0.4, exit=exit)(model):
+        plain = generate(model, inputs, max_new_tokens=12)
+        guessed = generate(model, inputs, max_new_tokens=12, prompt_lookup_num_tokens=3)
+    assert guessed.tolist() == plain.tolist()
+
+
+def test_half_precision_stays_close():
+    model, inputs = tiny_llava(), batch_of(*RAGGED)
+    with torch.no_grad(), FastV(2, 0.5)(model) as handle:
+        expected, kept = model(**inputs).logits[:, -1], handle.kept
+    half = tiny_llava().to(torch.bfloat16)
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    with torch.no_grad(), FastV(2, 0.5)(half) as handle:
+        found = half(**inputs).logits[:, -1].float()
+    assert handle.kept.tolist() == kept.tolist() and found.isfinite().all()
+    assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.9
+
+
 # Deepstack and interleaved positions, windows, image blocks that attend both ways, a prefix.
 @pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "mistral3_sliding", "paligemma"])
 def test_families(name):

@@ -95,6 +95,11 @@ def test_bad_settings(settings, match):
         choose_exit(traces(FALLING), **settings)
 
 
+def test_unknown_settings():
+    with pytest.raises(ValueError, match="unknown settings layer for VTW: choose from eta, first, samples, seed"):
+        calibrate(traces(FALLING), layer=3)
+
+
 def test_a_folder_without_traces(tmp_path):
     with pytest.raises(ValueError, match="holds no traces"):
         vtw_exit(str(tmp_path))
