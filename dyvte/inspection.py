@@ -12,6 +12,7 @@ after which the visual tokens are no longer needed. :func:`inspect_model` writes
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -185,7 +186,13 @@ def inspect_model(
         found = attention_shares(model, encode(processor, batch, template).to(model.device, model.dtype))
         shares.append(found.share)
         tokens.append(found.tokens)
-    made_from = {"weights": weights_fingerprint(model), "samples": [sample.id for sample in samples]}
+    asked = json.dumps([[sample.id, sample.question, sample.answers] for sample in samples])
+    made_from = {
+        "weights": weights_fingerprint(model),
+        "questions": hashlib.sha256(asked.encode()).hexdigest()[:16],
+        "images": getattr(samples, "fingerprint", None),
+        "template": template,
+    }
     folder = write_traces(
         model,
         processor,

@@ -160,6 +160,9 @@ def test_another_model_does_not_find_old_traces(mllm, tmp_path):
     other = build_model(SETTINGS, len(processor.tokenizer)).eval()
     with pytest.raises(ValueError, match="holds traces made otherwise"):
         inspect_model(other, processor, samples, tmp_path, max_new_tokens=2, progress=False)
+    asked_otherwise = load_samples({"scenes": {"split": "dev", "n": 4, "seed": 1}})
+    with pytest.raises(ValueError, match="holds traces made otherwise"):
+        inspect_model(model, processor, asked_otherwise, tmp_path, max_new_tokens=2, progress=False)
 
 
 def test_nothing_to_inspect(mllm, tmp_path):
