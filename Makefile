@@ -39,6 +39,8 @@ traces: $(VENV)/installed
 
 heads: $(VENV)/installed
 	$(BIN)/dyvte train configs/train.yaml
+	$(BIN)/dyvte train configs/train.yaml alpha=null output=runs/heads-dyvte \
+		'fit={form: original, width: 2048, label_rule: original, epochs: 12, lr: 3.0e-4, dropout: 0.0}'
 
 evaluation: $(VENV)/installed
 	$(BIN)/dyvte evaluate configs/evaluate.yaml

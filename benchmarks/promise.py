@@ -15,7 +15,7 @@ import torch
 from shapes import RESULTS, record
 
 from dyvte.calibration import clopper_pearson, exits_at, oracle_exits, threshold_grid
-from dyvte.fitting import logits_of
+from dyvte.fitting import probability_of
 from dyvte.heads import ExitHeads, boldest_safe
 from dyvte.traces import load_traces
 
@@ -31,7 +31,7 @@ def main() -> None:
     torch.set_num_threads(1)
     heads = ExitHeads.from_pretrained(ROOT / "checkpoints/reference-heads")
     traces = load_traces(*(ROOT / "runs/traces" / name for name in ("calibration", "test", "more")))
-    probability, same = logits_of(heads, traces.state).sigmoid().double(), traces.agreement >= 1
+    probability, same = probability_of(heads, traces.state).double(), traces.agreement >= 1
     n, layers = probability.shape
     grid = threshold_grid()
     exits = torch.stack([exits_at(probability, t) for t in grid.tolist()])  # [thresholds, n]

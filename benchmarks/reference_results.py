@@ -27,7 +27,7 @@ BLUE, RED, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#888888"
 def collect() -> None:
     """Traces and evaluation -> one JSON file that holds everything shown."""
     from dyvte.calibration import compare, oracle_exits, risk_curve
-    from dyvte.fitting import logits_of, quality
+    from dyvte.fitting import probability_of, quality
     from dyvte.heads import ExitHeads
     from dyvte.traces import load_traces
 
@@ -35,7 +35,7 @@ def collect() -> None:
     traces = load_traces(ROOT / "runs/traces/test")
     summary = json.loads((ROOT / "runs/evaluation/summary.json").read_text())
     same = traces.agreement >= 1
-    curve = risk_curve(logits_of(heads, traces.state).sigmoid(), same, points=200)
+    curve = risk_curve(probability_of(heads, traces.state), same, points=200)
     possible = (traces.num_layers - oracle_exits(same)).double().mean()
     keep = ("n", "score", "stderr", "agreement", "agreement_stderr", "mean_exit_layer", "exit_layers")
     keep += ("visual_layers_removed", "flops_removed", "kv_bytes_removed", "timing")

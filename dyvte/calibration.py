@@ -132,11 +132,11 @@ def calibrate(heads: ExitHeads, traces: TraceSet, alpha: float = 0.01, delta: fl
             f"{len(traces)} traces cannot show a risk below {alpha} with confidence {1 - delta:g}: "
             f"at least {needed} held-out samples are needed"
         )
-    from dyvte.fitting import logits_of
+    from dyvte.fitting import probability_of
 
     heads.check_fits(traces.num_layers, traces.state.shape[-1] // 2, traces.provenance.get("base_model"))
     same = traces.agreement >= 1
-    probability = logits_of(heads, traces.state).sigmoid()
+    probability = probability_of(heads, traces.state)
     curve = risk_curve(probability, same, delta)
     chosen = boldest_safe(curve.bound.tolist(), alpha)
     if chosen is None:
@@ -173,11 +173,11 @@ def compare(heads: ExitHeads, traces: TraceSet, threshold: float | None = None) 
 
     ``oracle_share`` is the visual-layer compute saved, divided by what the earliest agreeing exit of each sample saves.
     """
-    from dyvte.fitting import logits_of
+    from dyvte.fitting import probability_of
 
     same, layers = traces.agreement >= 1, traces.num_layers
     threshold = heads.config.threshold if threshold is None else threshold
-    exits, oracle = exits_at(logits_of(heads, traces.state).sigmoid(), threshold), oracle_exits(same)
+    exits, oracle = exits_at(probability_of(heads, traces.state), threshold), oracle_exits(same)
     possible = (layers - oracle).sum().item()
 
     def row(e: torch.Tensor) -> dict[str, float]:

@@ -57,9 +57,9 @@ COMMANDS: dict[str, tuple[str, dict[str, Key]]] = {
         "  dyvte train configs/train.yaml alpha=0.02 output=runs/heads",
         {
             "traces": Key(..., "trace folder(s) to train on"),
-            "calibration": Key(..., "held-out trace folder(s) to choose the threshold on"),
+            "calibration": Key(None, "held-out trace folder(s) to choose the threshold on; not needed with alpha=null"),
             "output": Key(..., "folder of the heads"),
-            "alpha": Key(0.01, "the rate of changed answers to stay below"),
+            "alpha": Key(0.01, "the rate of changed answers to stay below; null: no promise, the threshold is 0.5"),
             "delta": Key(0.1, "1 - confidence of that promise"),
             "fit": Key(
                 {}, "training settings: form, width, label_rule, epochs, batch_size, lr, weight_decay, seed ..."
@@ -96,7 +96,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Key]]] = {
             "policies": Key(
                 {"learned": {}},
                 "what to compare with the dense model: learned {threshold, min_layer, heads}, fixed-6 {layer}, "
-                "random {p, seed}, oracle {traces}",
+                "random {p, seed}, oracle {traces}, vtw {traces, eta, first}, fastv-50, prune-50 {layer, keep, exit}",
             ),
             "batch_size": Key(8, "samples per forward pass"),
             "max_new_tokens": Key(None, "longest answer; default: what the data asks for, else 16"),
@@ -250,6 +250,11 @@ def train(config: dict[str, Any]) -> None:
     except TypeError as error:
         known = ", ".join(FitSettings.__dataclass_fields__)
         raise ValueError(f"wrong training settings: {error}; `fit` takes {known}") from None
+    if config["alpha"] is None:
+        fit_heads(load_traces(*as_list(config["traces"])), settings).save_pretrained(config["output"])
+        return
+    if config["calibration"] is None:
+        raise ValueError("a promise needs held-out traces: set calibration=FOLDER, or alpha=null for none")
     held_out = load_traces(*as_list(config["calibration"]))
     heads = fit_heads(load_traces(*as_list(config["traces"])), settings)
     set_threshold(heads, held_out, config["alpha"], config["delta"])
@@ -286,8 +291,11 @@ def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any
     """Policies by name from a config; the part of a name before the first dash says what it is."""
     from dyvte.heads import ExitHeads
     from dyvte.policies import FixedExit, LearnedExit, NeverExit, RandomExit
+    from dyvte.pruning import FastV, RandomPruning
+    from dyvte.vtw import vtw_exit
 
     makers = {"fixed": FixedExit, "random": RandomExit, "never": NeverExit, "learned": LearnedExit, "oracle": oracle}
+    makers |= {"vtw": vtw_exit, "fastv": FastV, "prune": RandomPruning}
     policies = {}
     for name, settings in described.items():
         maker = makers.get(name.split("-")[0])
@@ -299,6 +307,8 @@ def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any
             if folder is None:
                 raise ValueError(f"policy {name!r} needs exit heads: set heads=FOLDER")
             settings["heads"] = ExitHeads.from_pretrained(folder)
+        if maker in (FastV, RandomPruning) and settings.get("exit") is not None:
+            (settings["exit"],) = make_policies(settings["exit"], heads).values()
         try:
             policies[name] = maker(**settings)
         except TypeError as error:

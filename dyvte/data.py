@@ -44,12 +44,12 @@ KEYS = {
     "where": "keep the rows whose column has one of these values",
     "limit": "number of samples",
     "seed": "shuffle before the limit is applied",
-    "scenes": "the project's scenes: {split, n, seed, kinds}",
+    "scenes": "the project's scenes: {split, n, seed, kinds, style}",
     "metric": "how answers are scored, see dyvte.metrics",
     "max_new_tokens": "length of an answer",
     "template": "chat template for processors that have none",
 }
-SCENE_KEYS = {"split", "n", "seed", "kinds"}
+SCENE_KEYS = {"split", "n", "seed", "kinds", "style"}
 IMAGE_KEYS = {"name", "split", "key", "image", "reference"}
 SCORING = ("metric", "max_new_tokens", "template")  # what does not change the samples
 EMPTY = (None, "", "nan", "None")
@@ -204,10 +204,12 @@ class SceneSamples(Source):
     def __init__(self, config: Mapping[str, Any]):
         settings = config["scenes"]
         if not isinstance(settings, Mapping) or not {"split", "n"} <= set(settings) <= SCENE_KEYS:
-            raise ValueError(f"`scenes` must be a mapping with split and n, and seed and kinds if wanted: {settings!r}")
+            raise ValueError(
+                f"`scenes` must be a mapping with split and n, and seed, kinds and style if wanted: {settings!r}"
+            )
         others = set(config) - {"scenes", "prompt", "limit", *SCORING}
         if others:
-            raise ValueError(f"scenes take no {sorted(others)}: give split, n, seed and kinds under `scenes`")
+            raise ValueError(f"scenes take no {sorted(others)}: give split, n, seed, kinds and style under `scenes`")
         if not isinstance(settings["n"], int) or settings["n"] < 1:
             raise ValueError(f"scenes.n must be a number of samples, 1 or more, not {settings['n']!r}")
         kinds = tuple(settings.get("kinds") or scenes.KINDS)
@@ -219,7 +221,9 @@ class SceneSamples(Source):
             ["scenes", settings["split"], str(settings.get("seed", 0)), *(settings.get("kinds") or [])]
         )
         self.prompt = prompt
-        self.rows = list(scenes.samples(settings["split"], n, settings.get("seed", 0), kinds))
+        self.rows = list(
+            scenes.samples(settings["split"], n, settings.get("seed", 0), kinds, settings.get("style", "plain"))
+        )
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import operator
 import os
 import platform
 import re
@@ -246,6 +247,7 @@ class _Run:
         rows = []
         for sample, new, exit_layer, text, visual in zip(samples, ids, layers, *self.token_counts(inputs)):
             end = next((i + 1 for i, token in enumerate(new) if token in self.eos), len(new))
+            places = getattr(policy, "visual_places", operator.mul)(visual, exit_layer)
             said = self.tokenizer.decode(new[:end], skip_special_tokens=True).strip()
             rows.append(
                 {
@@ -260,17 +262,18 @@ class _Run:
                     "exit_layer": exit_layer,
                     "text_tokens": text,
                     "visual_tokens": visual,
-                    "flops": prefill_flops(self.config, text, visual, exit_layer),
-                    "kv_bytes": self.kv_bytes(text, visual, exit_layer),
+                    "visual_places": places,
+                    "flops": getattr(policy, "prefill_flops", prefill_flops)(self.config, text, visual, exit_layer),
+                    "kv_bytes": self.kv_bytes(text, places),
                 }
             )
         return rows
 
-    def kv_bytes(self, text: int, visual: int, exit_layer: int) -> int:
-        """Keys and values at the end of prefill: all tokens in the first layers, text alone in the others."""
+    def kv_bytes(self, text: int, places: int) -> int:
+        """Keys and values at the end of prefill: the text in all layers, and the layers' visual tokens in sum."""
         heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
         size = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        held = exit_layer * (text + visual) + (self.num_layers - exit_layer) * text
+        held = self.num_layers * text + places
         return 2 * held * heads * size * self.model.dtype.itemsize
 
     def seconds(
@@ -467,6 +470,7 @@ def _summary_of(
     n = len(rows)
     exits = torch.tensor([row["exit_layer"] for row in rows])
     visual = torch.tensor([row["visual_tokens"] for row in rows], dtype=torch.float64)
+    seen = [row.get("visual_places", row["visual_tokens"] * row["exit_layer"]) for row in rows]
     agrees = torch.tensor([row["agrees"] for row in rows], dtype=torch.float64)
     summary: dict[str, Any] = {"n": n}
     scored = [row for row in rows if row["answers"]]
@@ -486,7 +490,7 @@ def _summary_of(
         "disagreements": int(n - agrees.sum()),
         "mean_exit_layer": exits.double().mean().item(),
         "exit_layers": torch.bincount(exits - 1, minlength=num_layers).tolist(),
-        "visual_layers_removed": _number((visual * (num_layers - exits)).sum() / (visual.sum() * num_layers)),
+        "visual_layers_removed": _number(1 - sum(seen) / (visual.sum() * num_layers)),
         "flops": mean("flops", rows),
         "flops_removed": 1 - mean("flops", rows) / mean("flops", dense),
         "kv_bytes": mean("kv_bytes", rows),

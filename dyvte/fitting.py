@@ -24,7 +24,10 @@ class FitSettings:
         form, width: see :class:`dyvte.ExitHeadsConfig`.
         label_rule: see :func:`exit_labels`.
         epochs, batch_size, lr, weight_decay: AdamW with cosine decay over shuffled traces.
+        dropout: of the text states.
         validation: share of the traces that choose the epoch; they train nothing.
+        guard: share of usual samples that the guard lets pass at each layer, see :class:`dyvte.ExitHeadsConfig`; None:
+            no guard. The published form has none.
         seed: of the initial weights, the split and the order of the traces.
     """
 
@@ -35,8 +38,9 @@ class FitSettings:
     batch_size: int = 128
     lr: float = 2e-3
     weight_decay: float = 0.05
-    dropout: float = 0.1
+    dropout: float = 0.3
     validation: float = 0.15
+    guard: float | None = 0.98
     seed: int = 0
 
 
@@ -86,10 +90,11 @@ def fit_heads(traces: TraceSet, settings: FitSettings | None = None, progress: b
                 base_model=source.get("base_model"),
                 base_revision=source.get("base_revision"),
                 label_rule=settings.label_rule,
+                guard=settings.guard if settings.form == "shared" else None,
             )
         )
         steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
-        optimizer = torch.optim.AdamW(heads.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(heads.heads.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=steps, pct_start=0.1)
         best, best_loss, best_epoch = None, math.inf, 0
         for epoch in tqdm(range(settings.epochs), desc="fit", unit="epoch", disable=not progress):
@@ -105,6 +110,8 @@ def fit_heads(traces: TraceSet, settings: FitSettings | None = None, progress: b
             if loss < best_loss:
                 best, best_loss, best_epoch = {k: v.clone() for k, v in heads.state_dict().items()}, loss, epoch + 1
         heads.load_state_dict(best)
+    if heads.guard is not None:
+        heads.guard.fit(*(features_of(heads, traces.state[index]) for index in (training, validation)), settings.guard)
     heads.config.training = {
         "traces": len(training),
         "validation_traces": held,
@@ -122,6 +129,19 @@ def logits_of(heads: ExitHeads, state: torch.Tensor, batch_size: int = 512) -> t
     """Logits of all exit layers for many text states: [n, L, 2d] -> [n, L]."""
     heads.eval()
     return torch.cat([heads(part) for part in state.split(batch_size)])
+
+
+@torch.no_grad()
+def probability_of(heads: ExitHeads, state: torch.Tensor, batch_size: int = 512) -> torch.Tensor:
+    """What a policy goes by: probabilities of all exit layers, 0 where the guard steps in: [n, L, 2d] -> [n, L]."""
+    heads.eval()
+    return torch.cat([heads.guarded_logits(part).sigmoid() for part in state.split(batch_size)])
+
+
+@torch.no_grad()
+def features_of(heads: ExitHeads, state: torch.Tensor, batch_size: int = 512) -> torch.Tensor:
+    """The heads' features, in which the guard measures distances: [n, L, 2d] -> [n, L, width]."""
+    return torch.cat([heads.heads.features(part.float(), slice(None)) for part in state.split(batch_size)])
 
 
 def log_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,8 @@ class ExitHeadsConfig(PreTrainedConfig):
         text_state: the recipe of the text state.
         label_rule: what "the visual tokens can leave" meant in training, see :func:`dyvte.fitting.exit_labels`.
         threshold: probability that must be exceeded to exit.
+        guard: share of usual samples that the guard lets pass at each layer; None: there is no guard. A sample whose
+            text state is unlike those of training does not exit there, since no promise covers it.
         calibration: how the threshold was chosen, with the risk it keeps; empty if by no rule.
         training: data, settings and figures of the training run.
         dyvte_version: version that made the checkpoint.
@@ -68,6 +70,7 @@ class ExitHeadsConfig(PreTrainedConfig):
     text_state: str = TEXT_STATE
     label_rule: str = "agreement"
     threshold: float = 0.5
+    guard: float | None = None
     calibration: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
     dyvte_version: str | None = None
@@ -90,6 +93,8 @@ class ExitHeadsConfig(PreTrainedConfig):
             )
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must lie in (0, 1], not {self.threshold}")
+        if self.guard is not None and not 0 < self.guard < 1:
+            raise ValueError(f"guard must lie strictly between 0 and 1, or be None, not {self.guard}")
         for name in ("num_layers", "hidden_size", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
@@ -114,14 +119,14 @@ class _SharedHead(nn.Module):
         self.out = nn.Linear(width, 1)
 
     def features(self, state: torch.Tensor, layers: slice) -> torch.Tensor:
+        """[..., layers, 2d] -> [..., layers, width], linear in the normalised state."""
         # The two halves are normalised apart: a mean over tokens is shorter than the state of one token.
         halves = state.unflatten(-1, (2, self.size))
         normal = F.layer_norm(halves, (self.size,)).flatten(-2)
-        inner = self.project(normal * self.norm_weight[layers] + self.norm_bias[layers]) + self.layer[layers]
-        return F.gelu(self.hidden(F.gelu(inner)))
+        return self.project(normal * self.norm_weight[layers] + self.norm_bias[layers])
 
-    def forward(self, state: torch.Tensor, layers: slice) -> torch.Tensor:
-        return self.out(self.features(state, layers)).squeeze(-1)
+    def decide(self, features: torch.Tensor, layers: slice) -> torch.Tensor:
+        return self.out(F.gelu(self.hidden(F.gelu(features + self.layer[layers])))).squeeze(-1)
 
 
 class _OriginalHead(nn.Module):
@@ -135,10 +140,43 @@ class _OriginalHead(nn.Module):
         for weight in (self.w1, self.w2):
             nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
 
-    def forward(self, state: torch.Tensor, layers: slice) -> torch.Tensor:
-        inner = F.gelu(torch.einsum("...ld,lwd->...lw", state, self.w1[layers]))
-        logits = torch.einsum("...lw,low->...lo", inner, self.w2[layers])
+    def features(self, state: torch.Tensor, layers: slice) -> torch.Tensor:
+        return torch.einsum("...ld,lwd->...lw", state, self.w1[layers])
+
+    def decide(self, features: torch.Tensor, layers: slice) -> torch.Tensor:
+        logits = torch.einsum("...lw,low->...lo", F.gelu(features), self.w2[layers])
         return logits[..., 1] - logits[..., 0]
+
+
+class _Guard(nn.Module):
+    """Knows which text states are like those of training: Mahalanobis distance in the heads' features, per layer."""
+
+    def __init__(self, config: ExitHeadsConfig):
+        super().__init__()
+        layers, width = config.num_layers, config.width
+        self.mean = nn.Parameter(torch.zeros(layers, width), requires_grad=False)
+        self.whiten = nn.Parameter(torch.zeros(layers, width, width), requires_grad=False)
+        self.radius = nn.Parameter(torch.full((layers,), math.inf), requires_grad=False)
+
+    def distance(self, features: torch.Tensor, layers: slice) -> torch.Tensor:
+        """Squared distance from the mean, in units of the spread: [..., layers, width] -> [..., layers]."""
+        apart = features - self.mean[layers]
+        return torch.einsum("lvw,...lw->...lv", self.whiten[layers], apart).square().sum(-1)
+
+    def unusual(self, features: torch.Tensor, layers: slice) -> torch.Tensor:
+        return self.distance(features, layers) > self.radius[layers]
+
+    @torch.no_grad()
+    def fit(self, training: torch.Tensor, held_out: torch.Tensor, quantile: float) -> None:
+        """Mean and spread from one set of features [n, L, width], the radius that keeps ``quantile`` of another."""
+        for i in range(training.shape[1]):
+            apart = training[:, i] - training[:, i].mean(0)
+            spread = apart.T @ apart / len(apart)
+            # A little of the mean variance everywhere: a direction never seen in training must not count as infinite.
+            spread += torch.eye(len(spread)) * spread.diagonal().mean() * 1e-3
+            self.mean[i] = training[:, i].mean(0)
+            self.whiten[i] = torch.linalg.inv(torch.linalg.cholesky(spread))
+        self.radius.copy_(self.distance(held_out, slice(None)).quantile(quantile, 0))
 
 
 class ExitHeads(PreTrainedModel):
@@ -154,6 +192,7 @@ class ExitHeads(PreTrainedModel):
     def __init__(self, config: ExitHeadsConfig):
         super().__init__(config)
         self.heads = {"shared": _SharedHead, "original": _OriginalHead}[config.form](config)
+        self.guard = None if config.guard is None else _Guard(config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -168,17 +207,30 @@ class ExitHeads(PreTrainedModel):
         Returns:
             float32 [..., L]; column e - 1 decides exit layer e. The last one means nothing: e = L is no exit.
         """
-        return self.heads(state.float(), slice(None))
+        return self._logits(state, slice(None), guarded=False)
 
-    def logit(self, state: torch.Tensor, layer: int) -> torch.Tensor:
-        """The logit for one exit layer: state [n, 2 * hidden_size] -> [n]."""
-        state = state.to(self.device).float()
-        return self.heads(state[:, None], slice(layer - 1, layer)).squeeze(1)
+    def guarded_logits(self, state: torch.Tensor) -> torch.Tensor:
+        """Like :meth:`forward`, but -inf where the guard finds a text state unlike those of training."""
+        return self._logits(state, slice(None), guarded=True)
+
+    def _logits(self, state: torch.Tensor, layers: slice, guarded: bool) -> torch.Tensor:
+        features = self.heads.features(state.float(), layers)
+        logits = self.heads.decide(features, layers)
+        if guarded and self.guard is not None:
+            logits = logits.masked_fill(self.guard.unusual(features, layers), -math.inf)
+        return logits
 
     def confident(self, state: torch.Tensor, layer: int, threshold: float) -> torch.Tensor:
-        """Whether the probability exceeds ``threshold`` at exit layer ``layer``: [n, 2 * hidden_size] -> bool [n]."""
+        """Whether the probability exceeds ``threshold`` at exit layer ``layer``, and the guard finds nothing unusual.
+
+        Args:
+            state: [n, 2 * hidden_size], the text states after ``layer`` layers.
+
+        Returns:
+            bool [n]
+        """
         bar = math.inf if threshold == 1 else math.log(threshold) - math.log1p(-threshold)
-        return self.logit(state, layer) > bar
+        return self._logits(state.to(self.device)[:, None], slice(layer - 1, layer), guarded=True).squeeze(1) > bar
 
     def threshold_for(self, risk: float) -> float:
         """The threshold that changes at most ``risk`` of the answers, from the curve the calibration left.
@@ -340,6 +392,7 @@ def model_card(heads: ExitHeads) -> str:
         f"| text state | {config.text_state} |",
         f"| label rule | {config.label_rule} |",
         f"| threshold | {config.threshold:.6g} |",
+        f"| guard | {'none' if config.guard is None else f'{config.guard:g} of usual samples pass at each layer'} |",
         f"| dyvte | {config.dyvte_version} |",
     ]
     for title, values in (("How the threshold was chosen", config.calibration), ("Training", config.training)):

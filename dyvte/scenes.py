@@ -59,8 +59,16 @@ def scans(split: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(data.images[chosen], dtype=torch.float32) / 16, torch.tensor(data.target[chosen]).long()
 
 
-def draw(n: int, split: str, generator: torch.Generator, augment: bool = False) -> Scenes:
-    """Draws ``n`` scenes with digits of ``split``; ``augment`` distorts the digits more, for training."""
+STYLES = ("plain", "negative", "noisy")
+
+
+def draw(n: int, split: str, generator: torch.Generator, augment: bool = False, style: str = "plain") -> Scenes:
+    """Draws ``n`` scenes with digits of ``split``; ``augment`` distorts the digits more, for training.
+
+    Styles other than "plain" are for images unlike those of training: "negative" inverts them, "noisy" adds grain.
+    """
+    if style not in STYLES:
+        raise ValueError(f"unknown style {style!r}: choose one of {', '.join(STYLES)}")
     ink, labels = scans(split)
     cells = n * GRID * GRID
 
@@ -96,8 +104,10 @@ def draw(n: int, split: str, generator: torch.Generator, augment: bool = False) 
 
     alpha, paint = on_canvas(alpha), on_canvas(paint.expand(-1, -1, CELL, CELL))
     background = uniform(10, 60, n, 1, 1, 3)
-    noise = torch.randn(n, CANVAS, CANVAS, 3, generator=generator) * 6
+    noise = torch.randn(n, CANVAS, CANVAS, 3, generator=generator) * (40 if style == "noisy" else 6)
     images = (background + alpha * (paint - background) + noise).round().clamp(0, 255).to(torch.uint8)
+    if style == "negative":
+        images = 255 - images
     return Scenes(images, digits.view(n, GRID, GRID), colours.view(n, GRID, GRID))
 
 
@@ -211,7 +221,9 @@ def ask(kind: str, digits: Cells, colours: Cells, rng: random.Random) -> Questio
     return KINDS[kind](digits, colours, rng)
 
 
-def samples(split: str, n: int, seed: int = 0, kinds: tuple[str, ...] = tuple(KINDS)) -> Iterator[dict]:
+def samples(
+    split: str, n: int, seed: int = 0, kinds: tuple[str, ...] = tuple(KINDS), style: str = "plain"
+) -> Iterator[dict]:
     """Yields ``n`` samples ``{image, question, answer, kind}``: a new scene each, kinds in turn, images as PIL.
 
     The first samples are the same whatever ``n`` is.
@@ -225,7 +237,7 @@ def samples(split: str, n: int, seed: int = 0, kinds: tuple[str, ...] = tuple(KI
     for index in range(n):
         if index % block == 0:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-            scenes = draw(block, split, generator)
+            scenes = draw(block, split, generator, style=style)
             rng = random.Random(seed * 1_000_003 + index)
         kind = kinds[index % len(kinds)]
         place = index % block

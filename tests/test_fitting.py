@@ -18,7 +18,7 @@ from dyvte.calibration import (
     risk_curve,
     samples_needed,
 )
-from dyvte.fitting import FitSettings, exit_labels, fit_heads, logits_of, quality
+from dyvte.fitting import FitSettings, exit_labels, features_of, fit_heads, logits_of, probability_of, quality
 from dyvte.heads import ExitHeads, boldest_safe
 from dyvte.policies import LearnedExit
 from dyvte.traces import TraceSet
@@ -105,7 +105,7 @@ def test_the_promise_is_kept():
     """Thresholds chosen on one half keep the risk on the other, in at least 1 - delta of many splits."""
     traces, alpha, delta = made_up_traces(4000, seed=2), 0.1, 0.1
     heads = fit_heads(made_up_traces(), FitSettings(epochs=5, width=16), progress=False)
-    probability, same = logits_of(heads, traces.state).sigmoid(), traces.agreement >= 1
+    probability, same = probability_of(heads, traces.state), traces.agreement >= 1
     broken, saved, trials = 0, 0.0, 60
     for seed in range(trials):
         order = torch.randperm(len(traces), generator=torch.Generator().manual_seed(seed))
@@ -152,6 +152,29 @@ def test_the_first_failure_ends_the_search():
     assert boldest_safe([0.001, 0.004, 0.02, 0.003], 0.01) == 1
     assert boldest_safe([0.001, 0.004], 0.01) == 1
     assert boldest_safe([0.02, 0.001], 0.01) is None
+
+
+def test_the_guard_keeps_unusual_samples_dense(tmp_path):
+    heads = fit_heads(made_up_traces(), FitSettings(epochs=10, width=16, guard=0.9), progress=False)
+    usual = made_up_traces(500, seed=4)
+    unusual = usual.select(torch.arange(500))
+    unusual.state = usual.state.flip(-1)  # nothing like what it was
+    free, guarded = logits_of(heads, usual.state).sigmoid(), probability_of(heads, usual.state)
+    stopped = (guarded == 0).float().mean(0)
+    assert (0.03 < stopped).all() and (stopped < 0.2).all()
+    assert torch.equal(guarded[guarded > 0], free[guarded > 0])
+    # Exact, by its definition: further from the training features than 0.9 of the validation traces.
+    features = features_of(heads, usual.state)[:, 2] - heads.guard.mean[2]
+    spread = torch.linalg.inv(heads.guard.whiten[2].T @ heads.guard.whiten[2])
+    distance = (features * torch.linalg.solve(spread, features.T).T).sum(1)
+    far = distance > heads.guard.radius[2]
+    assert (far == (guarded[:, 2] == 0)).float().mean() > 0.99  # but for rounding
+    assert exits_at(probability_of(heads, unusual.state), 0.5).float().mean() > exits_at(guarded, 0.5).float().mean()
+    heads.save_pretrained(tmp_path)
+    loaded = ExitHeads.from_pretrained(tmp_path)
+    assert torch.equal(probability_of(loaded, usual.state), guarded)
+    policy = LearnedExit(loaded, threshold=1e-6)
+    assert policy.leaves(3, usual.state[:, 2].float()).tolist() == (guarded[:, 2] > 1e-6).tolist()
 
 
 def test_too_few_samples_for_the_promise():

@@ -147,18 +147,29 @@ def test_from_traces_to_a_report(mllm, traces, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["learned"]["agreement"] >= 0.7
     main(["calibrate", f"heads={heads}", f"traces={traces}", "alpha=0.4"])
     assert dyvte.ExitHeads.from_pretrained(heads).config.calibration["alpha"] == 0.4
+    published = tmp_path / "published"
+    fit = "fit={form: original, width: 32, label_rule: original, epochs: 2}"
+    main(["train", f"traces={traces}", f"output={published}", "alpha=null", fit])
+    assert dyvte.ExitHeads.from_pretrained(published).config.threshold == 0.5
     settings = {
         "model": str(mllm),
         "heads": str(heads),
         "dtype": "float32",
         "data": {"scenes": {"split": "test", "n": 12}},
-        "policies": {"learned": {}, "fixed-2": {"layer": 2}, "random": {"p": 0.5}},
+        "policies": {
+            "learned": {},
+            "learned-published": {"heads": str(published)},
+            "fixed-2": {"layer": 2},
+            "random": {"p": 0.5},
+            "fastv-50": {"layer": 1, "keep": 0.5, "exit": {"learned": {}}},
+            "prune-50": {"layer": 1, "keep": 0.5},
+        },
         "output": str(results),
     }
     (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(settings))
     main(["evaluate", str(tmp_path / "evaluate.yaml"), "batch_size=4", "max_new_tokens=3"])
     summary = json.loads((results / "summary.json").read_text())
-    assert set(summary["policies"]) == {"dense", "learned", "fixed-2", "random"}
+    assert set(summary["policies"]) == {"dense", *settings["policies"]}
     assert summary["policies"]["fixed-2"]["mean_exit_layer"] == 2
     main(["report", f"directory={results}"])
     assert json.loads((results / "curve.json").read_text())["alpha"] == 0.4
@@ -219,6 +230,7 @@ def test_overrides_reach_into_mappings():
             ["evaluate", "model=m", "data={scenes: {}}", "output=o", "policies={fixed: {depth: 2}}"],
             "wrong settings for policy",
         ),
+        (["train", "traces=t", "output=o"], "a promise needs held-out traces"),
         (["calibrate", "traces=t"], "needs heads=FOLDER"),
         (["calibrate", "traces=t", "policy=best"], "must be learned or vtw"),
         (["demo", "model=nowhere"], "no checkpoint in nowhere"),

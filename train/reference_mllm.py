@@ -326,9 +326,11 @@ def plot_curves(work: Path, output: Path) -> None:
         axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#0072b2")
         axis.set(title=f"{name}: training loss", xlabel="step", yscale="log")
     rows = [row for row in rows if "dev_accuracy" in row]
-    colours = plt.get_cmap("tab10").colors
+    colours = plt.get_cmap("tab20").colors
     for kind, colour in zip(scenes.KINDS, colours):
-        axes[2].plot([r["step"] for r in rows], [r[kind] for r in rows], label=kind, color=colour, linewidth=1)
+        axes[2].plot(
+            [r["step"] for r in rows], [r.get(kind, math.nan) for r in rows], label=kind, color=colour, linewidth=1
+        )
     axes[2].plot([r["step"] for r in rows], [r["dev_accuracy"] for r in rows], label="all", color="black")
     axes[2].set(title="answers right on dev digits", xlabel="step", ylim=(0, 1.02))
     axes[2].legend(fontsize=6, ncols=2)
