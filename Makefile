@@ -36,6 +36,8 @@ traces: $(VENV)/installed
 	$(BIN)/dyvte trace configs/trace.yaml output=runs/traces/calibration data.scenes.split=dev data.scenes.n=4000 data.scenes.seed=12
 	$(BIN)/dyvte trace configs/trace.yaml output=runs/traces/test data.scenes.split=test data.scenes.n=2000 data.scenes.seed=21
 	$(BIN)/dyvte trace configs/trace.yaml output=runs/traces/more data.scenes.split=test data.scenes.n=6000 data.scenes.seed=22
+	$(BIN)/dyvte trace configs/trace.yaml output=runs/traces/negative data.scenes.split=test data.scenes.n=1000 data.scenes.seed=23 data.scenes.style=negative
+	$(BIN)/dyvte trace configs/trace.yaml output=runs/traces/noisy data.scenes.split=test data.scenes.n=1000 data.scenes.seed=24 data.scenes.style=noisy
 
 heads: $(VENV)/installed
 	$(BIN)/dyvte train configs/train.yaml
@@ -50,6 +52,7 @@ collect: $(VENV)/installed
 
 figures: $(VENV)/installed   ## the README's table and figure, from results/
 	$(BIN)/python benchmarks/reference_results.py
+	$(BIN)/python benchmarks/results_page.py
 
 # The allocator keeps its memory: without this, a step on CPU is a third slower.
 reference-mllm: export MALLOC_MMAP_THRESHOLD_ = 4294967296

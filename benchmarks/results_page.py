@@ -1,0 +1,189 @@
+"""docs/results.md: every committed measurement as a table, with the command that makes it.
+
+python benchmarks/results_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+PAGE = ROOT / "docs/results.md"
+
+
+def read(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def grid(titles: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        "",
+        "| " + " | ".join(titles) + " |",
+        "|---" * len(titles) + "|",
+        *("| " + " | ".join(r) + " |" for r in rows),
+    ]
+
+
+def percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
+
+
+def promise(result: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            percent(row["alpha"]),
+            f"{percent(row['broken_on_the_rest'])} ± {percent(row['standard_error'])}",
+            percent(row["broken_on_the_pool"]),
+            percent(row["mean_risk_on_the_rest"], 2),
+            percent(row["mean_oracle_share"]),
+        ]
+        for row in result["rows"]
+    ]
+    return [
+        "## Is the promise kept?",
+        "",
+        f"{result['splits']} random splits: {result['calibration_samples']:,} traces choose the threshold, the other "
+        f"{result['test_samples']:,} judge it. Promised: at most {percent(result['delta'], 0)} of the splits "
+        "change more than α of the answers. The share among the remaining traces has a sampling error of its own on top; the share "
+        "of the whole pool is what the promise is about.",
+        *grid(
+            ["α", "splits above α, on the rest", "on the whole pool", "mean changed", "of the oracle's savings"], rows
+        ),
+        "",
+        "![promise](../benchmarks/results/promise.png)",
+    ]
+
+
+def guard(result: dict[str, Any]) -> list[str]:
+    def row(name: str, case: dict[str, Any]) -> list[str]:
+        free, kept = case["without_guard"], case["with_guard"]
+        cells = [name, percent(free["changed"]), f"{free['mean_exit_layer']:.1f}"]
+        return [*cells, percent(kept["changed"]), f"{kept['mean_exit_layer']:.1f}"]
+
+    kinds = result["kinds"].items()
+    rows = [row(f"never seen: {name}", case["held_out_kinds"]) for name, case in kinds]
+    rows += [row(f"images: {name}", case) for name, case in result["styles"].items()]
+    known = [case["known_kinds"] for _, case in kinds]
+    cost = sum(c["with_guard"]["mean_exit_layer"] - c["without_guard"]["mean_exit_layer"] for c in known) / len(known)
+    return [
+        "## Off the calibrated distribution",
+        "",
+        f"Question kinds held out of training and calibration, and images of another style, at α = "
+        f"{percent(result['alpha'], 0)}. The guard lets {percent(result['guard'], 0)} of usual samples pass at "
+        f"each layer; on the kinds it knows it costs {cost:.2f} layers on average.",
+        *grid(["", "changed, no guard", "mean exit layer", "changed, guard", "mean exit layer"], rows),
+    ]
+
+
+def forms(result: dict[str, Any]) -> list[str]:
+    small, big = result["shared"], result["original"]
+    rows = []
+    for a, b in zip(small["layers"], big["layers"]):
+        auroc = [f"{row['auroc']:.4f}" if row["auroc"] is not None else "–" for row in (a, b)]
+        rows.append([str(a["exit_layer"]), *auroc, f"{a['log_loss']:.4f}", f"{b['log_loss']:.4f}"])
+    means = [f"**{form['mean'][key]:.4f}**" for key in ("auroc", "log_loss") for form in (small, big)]
+    rows.append(["mean", *means])
+    return [
+        "## Small heads against the published form",
+        "",
+        f"The same {result['traces'][0]:,} traces train both, {result['traces'][2]:,} others judge. Parameters: "
+        f"{small['parameters']:,} and {big['parameters']:,} here; {small['parameters_at_llava_7b']:,} and "
+        f"{big['parameters_at_llava_7b']:,} at LLaVA-1.5-7B shape. At α = 1 % they save "
+        f"{percent(small['at_alpha_1_percent']['oracle_share'])} and "
+        f"{percent(big['at_alpha_1_percent']['oracle_share'])} of what the oracle saves.",
+        *grid(["exit layer", "AUROC shared", "AUROC published", "log loss shared", "log loss published"], rows),
+    ]
+
+
+def ablation(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for row in result["rows"]:
+        low, high = row["oracle_share_range"]
+        spread = f" ({percent(low)} … {percent(high)})" if row["seeds"] > 1 else ""
+        cells = [row["variant"], percent(row["oracle_share"]) + spread, percent(row["changed"], 2)]
+        rows.append([*cells, f"{row['auroc']:.4f}", f"{row['log_loss']:.4f}", f"{row['parameters']:,}"])
+    return [
+        "## What makes heads bolder",
+        "",
+        "One change at a time; mean and range over three seeds (one for the published form). α = 1 %.",
+        *grid(["", "of the oracle's savings", "changed", "AUROC", "log loss", "parameters"], rows),
+    ]
+
+
+def trace_cost(result: dict[str, Any]) -> list[str]:
+    dense, labels = result["dense_forwards"], result["labels_per_dense_forward"]
+    rows = [
+        ["one trace, dense forwards", f"{dense['trace_flops']:.2f}", f"{dense['trace_time']:.2f}"],
+        [
+            "one step of the original recipe",
+            f"{dense['original_step_flops']:.2f}",
+            f"{dense['original_step_time']:.2f}",
+        ],
+        ["labels per dense forward, trace", f"{labels['trace_flops']:.1f}", f"{labels['trace_time']:.1f}"],
+        ["labels per dense forward, original", f"{labels['original_flops']:.2f}", f"{labels['original_time']:.2f}"],
+    ]
+    return ["## What a trace costs", "", f"{result['decoder']}.", *grid(["", "by FLOPs", "by time"], rows)]
+
+
+def prefill(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for case in result["single"]:
+        for row in case["rows"]:
+            rows.append(
+                [
+                    str(case["batch"]),
+                    str(row["exit_layer"]),
+                    percent(row["flops_saved"]),
+                    percent(row["time_saved"]),
+                    f"{row['time_saved_over_flops_saved']:.2f}",
+                    f"{row['learned_over_fixed']:.3f}",
+                    f"{row['original_over_fixed']:.2f}",
+                ]
+            )
+    mixed = result["mixed"]
+    titles = ["batch", "exit layer", "FLOPs saved", "time saved", "time ÷ FLOPs", "heads ÷ known exits"]
+    return [
+        "## Does saved work become saved time?",
+        "",
+        f"{result['decoder']}; {result['hardware']}, {result['threads']} thread. The last column is the way of the "
+        "original (eager attention that returns its maps, rows sliced off) over ours at the same exit layer.",
+        *grid([*titles, "original ÷ ours"], rows),
+        "",
+        f"A batch of 8 that leaves at layers {mixed['exits']} costs {mixed['flops_over_sum_alone']:.3f} of the sum of "
+        f"its samples alone in FLOPs, {mixed['time_over_sum_alone']:.2f} in time. Its cache holds "
+        f"{mixed['cache_over_sum_alone']:.2f} times what the samples need alone: rows of one layer share a width.",
+        "",
+        "![prefill](../benchmarks/results/prefill.png)",
+    ]
+
+
+SECTIONS = {
+    "promise": promise,
+    "guard": guard,
+    "heads_forms": forms,
+    "heads_ablation": ablation,
+    "trace_cost": trace_cost,
+    "prefill": prefill,
+}
+
+
+def main() -> None:
+    lines = [
+        "# Results",
+        "",
+        "Measured with the reference MLLM of this repository, or on decoders of LLaVA-1.5's shape; nothing here was",
+        "measured on a GPU. Written by `python benchmarks/results_page.py` from `benchmarks/results/*.json`.",
+    ]
+    for name, section in SECTIONS.items():
+        result = read(name)
+        if result is not None:
+            lines += ["", *section(result), "", f"`{result['command']}`"]
+    PAGE.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

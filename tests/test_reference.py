@@ -1,0 +1,113 @@
+"""What ships: the reference MLLM and its heads do what the README says, and its table is that of the committed JSON."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+
+import dyvte
+from dyvte.data import encode, load_samples
+
+ROOT = Path(__file__).parents[1]
+MLLM, HEADS = ROOT / "checkpoints/reference-mllm", ROOT / "checkpoints/reference-heads"
+
+
+@pytest.fixture(scope="module")
+def mllm():
+    model = AutoModelForImageTextToText.from_pretrained(MLLM, dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(MLLM)
+
+
+def readme_code(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_mllm_is_a_real_one(mllm):
+    model, processor = mllm
+    assert type(model) is LlavaForConditionalGeneration
+    assert len(model.get_decoder().layers) >= 10 and model.config.image_seq_length >= 64
+    weights = MLLM / "model.safetensors"
+    assert weights.stat().st_size <= 12_000_000
+    assert AutoModelForImageTextToText.from_pretrained(MLLM).dtype == torch.float16
+    sample = load_samples({"scenes": {"split": "test", "n": 2}})[1]
+    inputs = encode(processor, [sample])
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == model.config.image_seq_length
+    assert inputs["pixel_values"].shape[-1] == sample.images[0].width  # nothing was resized
+
+
+def test_its_report_passes_the_bar():
+    report = json.loads((MLLM / "report.json").read_text())
+    assert report["questions"] == 2000 and report["accuracy"] >= 0.95
+    assert min(report["by_kind"].values()) >= 0.85
+
+
+def test_the_use_shown_in_the_readme(mllm, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    model, processor = mllm
+    samples = load_samples({"scenes": {"split": "test", "n": 48, "seed": 7}})[:]
+    names = {"model": model, "inputs": encode(processor, samples)}
+    with torch.no_grad():
+        dense = model.generate(**names["inputs"], max_new_tokens=16)
+        exec(readme_code("python")[0], names)
+    width = min(dense.shape[1], names["output"].shape[1])
+    assert (dense[:, :width] == names["output"][:, :width]).all(1).float().mean() >= 0.9
+    layers = names["exits"].layers
+    assert layers.shape == (48,) and len(set(layers.tolist())) > 2 and layers.float().mean() < 7
+    right = processor.batch_decode(
+        names["output"][:, names["inputs"]["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    assert sum(said.strip() == sample.answers[0] for said, sample in zip(right, samples)) >= 44
+
+
+def test_the_heads_know_where_they_come_from(mllm):
+    heads = dyvte.ExitHeads.from_pretrained(HEADS)
+    config = heads.config
+    assert config.base_model.endswith("reference-mllm") and config.calibration["alpha"] == 0.01
+    assert config.calibration["bound"] <= 0.01 and config.training["data"]["scenes"]["split"] == "train"
+    assert sum(path.stat().st_size for path in HEADS.iterdir()) < 4_000_000
+    dyvte.attach(mllm[0], dyvte.LearnedExit(heads)).detach()
+
+
+def test_committed_results_hold_what_was_promised():
+    result = json.loads((ROOT / "benchmarks/results/reference.json").read_text())
+    learned = result["from_traces"]["learned"]
+    assert result["samples"] == 2000
+    assert learned["agreement"] >= 0.99 and learned["oracle_share"] >= 0.65
+    measured = result["policies"]["learned"]
+    assert measured["agreement"] == pytest.approx(learned["agreement"], abs=0.002)
+    assert measured["mean_exit_layer"] == pytest.approx(learned["mean_exit_layer"], abs=0.02)
+
+
+def test_the_table_in_the_readme_is_that_of_the_results():
+    path = ROOT / "benchmarks/reference_results.py"
+    spec = importlib.util.spec_from_file_location("reference_results", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.table(json.loads(module.RESULT.read_text())) in (ROOT / "README.md").read_text()
+
+
+def test_files_named_in_the_readme_exist():
+    text = (ROOT / "README.md").read_text()
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / link).exists(), link
+    for path in re.findall(r"(?:configs|train|benchmarks)/[\w/-]+\.(?:py|yaml)", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_importing_dyvte_needs_torch_transformers_and_safetensors_only():
+    script = "import sys, dyvte; own = {m for m in sys.modules if m.startswith('dyvte')}; print(sorted(own)); "
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    core = {"heads", "layout", "policies", "tokens", "tracing", "withdrawal"}
+    assert set(re.findall(r"dyvte\.(\w+)", out)) == core
+    for name in core | {"__init__"}:
+        source = (ROOT / "dyvte" / f"{name}.py").read_text()
+        imported = set(re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE))
+        assert imported <= {*sys.stdlib_module_names, "torch", "transformers", "safetensors", "dyvte"}, name
