@@ -48,8 +48,8 @@ def promise(result: dict[str, Any]) -> list[str]:
         "",
         f"{result['splits']} random splits: {result['calibration_samples']:,} traces choose the threshold, the other "
         f"{result['test_samples']:,} judge it. Promised: at most {percent(result['delta'], 0)} of the splits "
-        "change more than α of the answers. The share among the remaining traces has a sampling error of its own on top; the share "
-        "of the whole pool is what the promise is about.",
+        "change more than α of the answers. The share among the remaining traces has a sampling error of its own on "
+        "top; the share of the whole pool is what the promise is about.",
         *grid(
             ["α", "splits above α, on the rest", "on the whole pool", "mean changed", "of the oracle's savings"], rows
         ),

@@ -150,6 +150,20 @@ COMMANDS: dict[str, tuple[str, dict[str, Key]]] = {
 }
 
 
+def read_yaml(file: str) -> dict[str, Any]:
+    """A mapping from a YAML file.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
+    if not Path(file).is_file():
+        raise ValueError(f"there is no config file {file}: give a YAML file, or only key=value pairs")
+    given = yaml.safe_load(Path(file).read_text()) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{file} must hold a mapping of keys to values")
+    return given
+
+
 def read_config(command: str, file: str | None, overrides: list[str]) -> dict[str, Any]:
     """Defaults, then the YAML file, then key=value pairs; dots reach into mappings.
 
@@ -159,12 +173,7 @@ def read_config(command: str, file: str | None, overrides: list[str]) -> dict[st
     keys = COMMANDS[command][1]
     config: dict[str, Any] = {name: key.default for name, key in keys.items()}
     if file is not None:
-        if not Path(file).is_file():
-            raise ValueError(f"there is no config file {file}: give a YAML file, or only key=value pairs")
-        given = yaml.safe_load(Path(file).read_text()) or {}
-        if not isinstance(given, dict):
-            raise ValueError(f"{file} must hold a mapping of keys to values")
-        config |= given
+        config |= read_yaml(file)
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals:
@@ -172,6 +181,8 @@ def read_config(command: str, file: str | None, overrides: list[str]) -> dict[st
         *outer, last = path.split(".")
         place = config
         for name in outer:
+            if isinstance(place.get(name), str) and Path(place[name]).suffix == ".yaml":
+                place[name] = read_yaml(place[name])
             if not isinstance(place.get(name), dict):
                 place[name] = {}
             place[name] = dict(place[name])

@@ -42,6 +42,7 @@ KEYS = {
     "prompt": "template of the question; {choices} is the lettered list",
     "optional": "text for a field of the prompt, used where the field is not empty",
     "where": "keep the rows whose column has one of these values",
+    "skip": "samples left out at the beginning, after the shuffle: what others have used",
     "limit": "number of samples",
     "seed": "shuffle before the limit is applied",
     "scenes": "the project's scenes: {split, n, seed, kinds, style}",
@@ -106,8 +107,9 @@ def load_samples(config: Mapping[str, Any]) -> Sequence[Sample]:
         raise ValueError(f"unknown keys {sorted(unknown)} in the data config: choose from {', '.join(KEYS)}")
     if ("scenes" in config) == ("path" in config):
         raise ValueError("a data config needs one of `scenes: {split, n, seed}` and `path: <hub id or folder>`")
-    if config.get("limit") is not None and (not isinstance(config["limit"], int) or config["limit"] < 1):
-        raise ValueError(f"limit must be a number of samples, 1 or more, not {config['limit']!r}")
+    for key, least in (("limit", 1), ("skip", 0)):
+        if config.get(key) is not None and (not isinstance(config[key], int) or config[key] < least):
+            raise ValueError(f"{key} must be a number of samples, {least} or more, not {config[key]!r}")
     return SceneSamples(config) if "scenes" in config else TableSamples(config)
 
 
@@ -296,8 +298,9 @@ class TableSamples(Source):
                 raise ValueError(f"no row has {column} in {allowed}: the column holds {', '.join(present)}")
         if config.get("seed") is not None:
             self.table = self.table.shuffle(seed=config["seed"])
-        if config.get("limit") is not None:
-            self.table = self.table.select(range(min(config["limit"], len(self.table))))
+        start = min(config.get("skip") or 0, len(self.table))
+        stop = len(self.table) if config.get("limit") is None else min(start + config["limit"], len(self.table))
+        self.table = self.table.select(range(start, stop))
         if len(self.table) == 0:
             raise ValueError(f"{config['path']} has no rows in split {config.get('split')!r}")
 

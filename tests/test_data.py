@@ -264,6 +264,8 @@ def test_json_with_image_files_limits_choices_by_value_and_slices(folder):
     assert len(data.load_samples(config_of(folder, limit=3))) == 3
     shuffled = [s.answers[0] for s in data.load_samples(config_of(folder, seed=0))]
     assert sorted(shuffled) == ["0", "1", "2", "3"] != shuffled
+    parts = [data.load_samples(config_of(folder, seed=0, skip=skip, limit=2)) for skip in (0, 2)]
+    assert [s.answers[0] for part in parts for s in part] == shuffled
     samples = data.load_samples(config_of(folder))
     assert [s.id for s in samples[1:3]] == ["1", "2"]
     with pytest.raises(IndexError):

@@ -212,6 +212,9 @@ def test_shipped_configs_are_read(file):
 def test_overrides_reach_into_mappings():
     config = read_config("trace", None, ["model=m", "output=o", "data.scenes.n=5", "data.scenes.split=dev"])
     assert config["data"] == {"scenes": {"n": 5, "split": "dev"}} and config["batch_size"] == 8
+    file = ROOT / "configs/data/gqa.yaml"
+    config = read_config("trace", None, ["model=m", "output=o", f"data={file}", "data.limit=7"])
+    assert config["data"] == yaml.safe_load(file.read_text()) | {"limit": 7}
 
 
 @pytest.mark.parametrize(
