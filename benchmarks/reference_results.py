@@ -64,78 +64,99 @@ def collect() -> None:
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def label(name: str, layers: int) -> str:
-    if name.startswith("fixed-"):
-        return f"fixed exit at layer {name.split('-')[1]} of {layers}"
-    return {"learned": "**exit heads**", "oracle": "oracle (earliest exit that agrees)", "random": "random exit"}.get(
-        name, name
-    )
+NAMES = {
+    "dense": "dense",
+    "learned": "**exit heads, α = 1 %**",
+    "oracle": "oracle: earliest exit that agrees",
+    "learned-dyvte": "DyVTE as published",
+    "vtw": "VTW: one layer by KL",
+    "fastv-50": "FastV: half from layer 2 on",
+    "prune-50": "random half from layer 2 on",
+    "random": "random exit",
+}
+SHOWN = ("dense", "learned", "oracle", "best fixed", "learned-dyvte", "vtw", "fastv-50", "prune-50")
+
+
+def best_fixed(result: dict[str, Any]) -> str:
+    """The fixed exit layer that saves most while as many answers stay the same as the heads promise."""
+    fixed = {name: row for name, row in result["policies"].items() if name.startswith("fixed-")}
+    good = [name for name, row in fixed.items() if row["agreement"] >= 0.99]
+    return min(good, key=lambda name: fixed[name]["mean_exit_layer"])
 
 
 def table(result: dict[str, Any]) -> str:
     """At most eight rows: what each policy keeps and saves on the same questions."""
-    oracle = result["from_traces"]["oracle"]["mean_exit_layer"]
-    layers = result["layers"]
-    titles = ("policy", "right", "same answer as dense", "mean exit layer", "of the oracle's savings")
-    titles += ("prefill FLOPs", "prefill time")
+    saved = {name: row["visual_layers_removed"] for name, row in result["policies"].items()}
+    titles = ("policy", "right", "same answer as dense", "visual-token layers", "of the oracle's savings")
+    titles += ("prefill FLOPs", "prefill time", "of its decoder")
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    order = ["dense", "learned", "oracle", *(n for n in result["policies"] if n.startswith("fixed")), "random"]
-    for name in order:
+    for name in SHOWN:
+        title = NAMES.get(name)
+        if name == "best fixed":
+            name = best_fixed(result)
+            title = f"best fixed exit (layer {name.split('-')[1]} of {result['layers']})"
         row = result["policies"][name]
-        share = (layers - row["mean_exit_layer"]) / (layers - oracle)
         timing = row.get("timing")
-        cells = [
-            label(name, layers),
-            f"{100 * row['score']:.1f} %",
-            f"{100 * row['agreement']:.2f} %",
-            "never" if name == "dense" else f"{row['mean_exit_layer']:.1f}",
-            f"{100 * share:.0f} %",
-            f"−{100 * row['flops_removed']:.0f} %",
-            f"{timing['prefill_ratio']:.2f}×" if timing else "1",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [title, f"{100 * row['score']:.1f} %", f"{100 * row['agreement']:.2f} %"]
+        cells += [f"−{100 * saved[name]:.0f} %", f"{100 * saved[name] / saved['oracle']:.0f} %"]
+        cells += [f"−{100 * row['flops_removed']:.0f} %"]
+        cells += [f"{timing['prefill_ratio']:.2f}×", f"{timing['decoder_ratio']:.2f}×"] if timing else ["1", "1"]
+        lines.append("| " + " | ".join(cells if name != "dense" else [*cells[:3], *["–"] * 3, *cells[6:]]) + " |")
     return "\n".join(lines)
 
 
 def draw(result: dict[str, Any]) -> None:
     layers, trace = result["layers"], result["from_traces"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=[1.1, 1])
+    oracle_saves = 1 - trace["oracle"]["mean_exit_layer"] / layers
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13.5, 4.2), layout="constrained")
     curve = result["curve"]
-    points = sorted(zip(curve["oracle_share"], curve["agreement"]))
-    left.plot(
-        [100 * s for s, _ in points], [100 * a for _, a in points], color=BLUE, label="exit heads, all thresholds"
-    )
-    chosen = trace["learned"]
-    left.plot(100 * chosen["oracle_share"], 100 * chosen["agreement"], "o", color=BLUE, label="shipped threshold")
-    fixed = trace["fixed"][:-1]
-    left.plot([100 * f["oracle_share"] for f in fixed], [100 * f["agreement"] for f in fixed], "s--", color=RED,
-              markersize=4, linewidth=1, label="one fixed exit layer")  # fmt: skip
-    for e, f in enumerate(fixed, start=1):
-        if f["agreement"] > 0.5:
-            place = (100 * f["oracle_share"], 100 * f["agreement"])
-            left.annotate(str(e), place, textcoords="offset points", xytext=(5, 2), fontsize=7, color=RED)
-    left.plot(100, 100, "*", markersize=12, color=GREEN, label="oracle")
-    left.axhline(99, color=GREY, linewidth=0.8, linestyle=":")
-    left.set(xlim=(-2, 135), ylim=(50, 101), ylabel="same answer as dense, %")
-    left.set(xlabel="visual-layer compute saved, % of what the oracle saves")
-    left.set_title(f"{result['samples']:,} held-out questions", fontsize=10)
-    left.legend(fontsize=8, loc="lower left")
-    kinds = result["policies"]["learned"]["by_kind"]
+    points = sorted((100 * s * oracle_saves, 100 * a) for s, a in zip(curve["oracle_share"], curve["agreement"]))
+    left.plot(*zip(*points), color=BLUE, label="exit heads, all thresholds")
+    policies = result["policies"]
+    styles = {
+        "learned": ("o", BLUE, "exit heads, α = 1 %"),
+        "oracle": ("*", GREEN, "oracle"),
+        "learned-dyvte": ("D", "#cc79a7", "DyVTE as published"),
+        "vtw": ("^", "#e69f00", "VTW"),
+        "fastv-50": ("v", "#56b4e9", "FastV, half"),
+        "prune-50": ("P", GREY, "random half"),
+        "fastv-exit-50": ("X", "#000000", "FastV and exit heads"),
+        "random": ("s", "#bbbbbb", "random exit"),
+    }
+    for axis, key in ((left, "agreement"), (middle, "score")):
+        fixed = sorted((row["visual_layers_removed"], row[key], n) for n, row in policies.items() if n[:5] == "fixed")
+        xs, ys = [100 * x for x, _, _ in fixed], [100 * y for _, y, _ in fixed]
+        axis.plot(xs, ys, "--", color=RED, marker=".", linewidth=1, label="one fixed exit layer")
+        for x, y, (_, _, name) in zip(xs, ys, fixed):
+            place = {"textcoords": "offset points", "xytext": (3, -10)}
+            axis.annotate(name.split("-")[1], (x, y), fontsize=7, color=RED, **place)
+        for name, (marker, colour, title) in styles.items():
+            row = policies[name]
+            place = (100 * row["visual_layers_removed"], 100 * row[key])
+            axis.plot(*place, marker, color=colour, markersize=11 if marker == "*" else 7, label=title)
+        axis.set(xlim=(0, 75), ylim=(60, 101.5), xlabel="visual-token layers removed, %")
+    left.set_ylabel("same answer as dense, %")
+    middle.set_ylabel("right answers, %")
+    middle.axhline(100 * policies["dense"]["score"], color=GREY, linewidth=0.8, linestyle=":")
+    left.set_title(f"{result['samples']:,} held-out questions: agreement", fontsize=10)
+    middle.set_title("accuracy (dotted: dense)", fontsize=10)
+    left.legend(fontsize=7.5, loc="lower left")
+    kinds = policies["learned"]["by_kind"]
     oracle = trace["by_kind"]
     order = sorted(kinds, key=lambda kind: kinds[kind]["mean_exit_layer"])
     for y, kind in enumerate(order):
         counts = kinds[kind]["exit_layers"]
         for e, count in enumerate(counts, start=1):
             if count:
-                right.scatter(e, y, s=260 * count / sum(counts), color=BLUE, alpha=0.75, linewidths=0)
+                right.scatter(e, y, s=220 * count / sum(counts), color=BLUE, alpha=0.75, linewidths=0)
         right.plot(oracle[kind]["oracle_exit_layer"], y, "|", color=GREEN, markersize=13, markeredgewidth=2)
-    right.plot([], [], "o", color=BLUE, label="exit heads (area: share of questions)")
+    right.plot([], [], "o", color=BLUE, label="exit heads (area: share)")
     right.plot([], [], "|", color=GREEN, markersize=11, markeredgewidth=2, label="oracle, mean")
     right.set_yticks(range(len(order)), [kind.replace("_", " ") for kind in order], fontsize=8)
     right.set_xticks(range(1, layers + 1), [*map(str, range(1, layers)), "never"])
     right.set(xlim=(0.5, layers + 0.5), xlabel="exit layer (layers that see the image)")
     right.set_title("where the visual tokens leave, by kind of question", fontsize=10)
-    right.legend(fontsize=8, loc="lower right")
+    right.legend(fontsize=7.5, loc="upper left")
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE, dpi=130)
 

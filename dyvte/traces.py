@@ -139,7 +139,9 @@ def _claim(folder: Path, record: dict[str, Any], rank: int) -> None:
             )
     elif rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps(record, indent=2) + "\n")
+        fresh.rename(path)  # whole or not at all: other ranks may be reading
     folder.mkdir(parents=True, exist_ok=True)
 
 
