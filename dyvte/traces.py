@@ -110,7 +110,9 @@ def write_traces(
     }
     _claim(folder, record, rank)
     starts = list(range(0, len(samples), shard_size))[rank::world_size]
-    with tqdm(total=len(samples), desc="trace", unit="sample", disable=rank != 0) as bar:
+    share = sum(min(shard_size, len(samples) - start) for start in starts)
+    title = "trace" if world_size == 1 else f"trace (share of rank 0 of {world_size})"
+    with tqdm(total=share, desc=title, unit="sample", disable=rank != 0) as bar:
         for start in starts:
             size = min(shard_size, len(samples) - start)
             shard = folder / f"shard-{start:08d}.arrow"
@@ -119,10 +121,10 @@ def write_traces(
                 for first in range(start, start + size, batch_size):
                     batch = [samples[i] for i in range(first, min(first + batch_size, start + size))]
                     rows += _trace_samples(model, processor, batch, answers, max_new_tokens, template)
-                    bar.update(len(batch) * min(world_size, len(starts)))
+                    bar.update(len(batch))
                 _save(rows, shard)
             else:
-                bar.update(size * min(world_size, len(starts)))
+                bar.update(size)
     return folder
 
 
