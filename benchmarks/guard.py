@@ -26,7 +26,7 @@ ALPHA = 0.01
 
 def behaviour(heads: ExitHeads, traces: TraceSet, guarded: bool) -> dict[str, float]:
     """Changed answers and mean exit layer at the heads' threshold."""
-    scores = probability_of(heads, traces.state) if guarded else logits_of(heads, traces.state).sigmoid()
+    scores = probability_of(heads, traces) if guarded else logits_of(heads, traces.state).sigmoid()
     exits = exits_at(scores.double(), heads.config.threshold)
     changed = disagreement(traces.agreement >= 1, exits).double()
     return {"changed": changed.mean().item(), "mean_exit_layer": exits.double().mean().item(), "samples": len(traces)}

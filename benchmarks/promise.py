@@ -31,7 +31,7 @@ def main() -> None:
     torch.set_num_threads(1)
     heads = ExitHeads.from_pretrained(ROOT / "checkpoints/reference-heads")
     traces = load_traces(*(ROOT / "runs/traces" / name for name in ("calibration", "test", "more")))
-    probability, same = probability_of(heads, traces.state).double(), traces.agreement >= 1
+    probability, same = probability_of(heads, traces).double(), traces.agreement >= 1
     n, layers = probability.shape
     grid = threshold_grid()
     exits = torch.stack([exits_at(probability, t) for t in grid.tolist()])  # [thresholds, n]

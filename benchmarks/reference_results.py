@@ -35,7 +35,7 @@ def collect() -> None:
     traces = load_traces(ROOT / "runs/traces/test")
     summary = json.loads((ROOT / "runs/evaluation/summary.json").read_text())
     same = traces.agreement >= 1
-    curve = risk_curve(probability_of(heads, traces.state), same, points=200)
+    curve = risk_curve(probability_of(heads, traces), same, points=200)
     possible = (traces.num_layers - oracle_exits(same)).double().mean()
     keep = ("n", "score", "stderr", "agreement", "agreement_stderr", "mean_exit_layer", "exit_layers")
     keep += ("visual_layers_removed", "flops_removed", "kv_bytes_removed", "timing")

@@ -136,7 +136,7 @@ def calibrate(heads: ExitHeads, traces: TraceSet, alpha: float = 0.01, delta: fl
 
     heads.check_fits(traces.num_layers, traces.state.shape[-1] // 2, traces.provenance.get("base_model"))
     same = traces.agreement >= 1
-    probability = probability_of(heads, traces.state)
+    probability = probability_of(heads, traces)
     curve = risk_curve(probability, same, delta)
     chosen = boldest_safe(curve.bound.tolist(), alpha)
     if chosen is None:
@@ -177,7 +177,7 @@ def compare(heads: ExitHeads, traces: TraceSet, threshold: float | None = None) 
 
     same, layers = traces.agreement >= 1, traces.num_layers
     threshold = heads.config.threshold if threshold is None else threshold
-    exits, oracle = exits_at(probability_of(heads, traces.state), threshold), oracle_exits(same)
+    exits, oracle = exits_at(probability_of(heads, traces), threshold), oracle_exits(same)
     possible = (layers - oracle).sum().item()
 
     def row(e: torch.Tensor) -> dict[str, float]:

@@ -111,7 +111,8 @@ def fit_heads(traces: TraceSet, settings: FitSettings | None = None, progress: b
                 best, best_loss, best_epoch = {k: v.clone() for k, v in heads.state_dict().items()}, loss, epoch + 1
         heads.load_state_dict(best)
     if heads.guard is not None:
-        heads.guard.fit(*(features_of(heads, traces.state[index]) for index in (training, validation)), settings.guard)
+        parts = [(features_of(heads, traces.state[i]), traces.visual[i].float()) for i in (training, validation)]
+        heads.guard.fit(*parts, settings.guard)
     heads.config.training = {
         "traces": len(training),
         "validation_traces": held,
@@ -132,10 +133,12 @@ def logits_of(heads: ExitHeads, state: torch.Tensor, batch_size: int = 512) -> t
 
 
 @torch.no_grad()
-def probability_of(heads: ExitHeads, state: torch.Tensor, batch_size: int = 512) -> torch.Tensor:
-    """What a policy goes by: probabilities of all exit layers, 0 where the guard steps in: [n, L, 2d] -> [n, L]."""
+def probability_of(heads: ExitHeads, traces: TraceSet, batch_size: int = 512) -> torch.Tensor:
+    """What a policy goes by: probabilities of all exit layers, 0 where the guard steps in: [n, L]."""
     heads.eval()
-    return torch.cat([heads.guarded_logits(part).sigmoid() for part in state.split(batch_size)])
+    found = torch.cat([heads.guarded_logits(part).sigmoid() for part in traces.state.split(batch_size)])
+    usual = heads.usual_images(traces.visual)
+    return found if usual is None else found.masked_fill(~usual[:, None], 0)
 
 
 @torch.no_grad()

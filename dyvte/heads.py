@@ -52,8 +52,8 @@ class ExitHeadsConfig(PreTrainedConfig):
         text_state: the recipe of the text state.
         label_rule: what "the visual tokens can leave" meant in training, see :func:`dyvte.fitting.exit_labels`.
         threshold: probability that must be exceeded to exit.
-        guard: share of usual samples that the guard lets pass at each layer; None: there is no guard. A sample whose
-            text state is unlike those of training does not exit there, since no promise covers it.
+        guard: share of usual samples that the guard lets pass, at each layer by their text state and once by their
+            image; None: there is no guard. What is unlike training does not exit, since no promise covers it.
         calibration: how the threshold was chosen, with the risk it keeps; empty if by no rule.
         training: data, settings and figures of the training run.
         dyvte_version: version that made the checkpoint.
@@ -149,34 +149,64 @@ class _OriginalHead(nn.Module):
 
 
 class _Guard(nn.Module):
-    """Knows which text states are like those of training: Mahalanobis distance in the heads' features, per layer."""
+    """Knows which samples are like those of training, by Mahalanobis distances.
+
+    Two of them: of the text state after each layer, in the heads' features, which tells unusual questions; and of the
+    mean visual token before the first layer, in its principal directions, which tells unusual images.
+    """
 
     def __init__(self, config: ExitHeadsConfig):
         super().__init__()
-        layers, width = config.num_layers, config.width
-        self.mean = nn.Parameter(torch.zeros(layers, width), requires_grad=False)
-        self.whiten = nn.Parameter(torch.zeros(layers, width, width), requires_grad=False)
-        self.radius = nn.Parameter(torch.full((layers,), math.inf), requires_grad=False)
+        layers, width, size = config.num_layers, config.width, config.hidden_size
 
-    def distance(self, features: torch.Tensor, layers: slice) -> torch.Tensor:
-        """Squared distance from the mean, in units of the spread: [..., layers, width] -> [..., layers]."""
+        def fixed(*shape: int, value: float = 0.0) -> nn.Parameter:
+            return nn.Parameter(torch.full(shape, value), requires_grad=False)
+
+        self.mean, self.whiten = fixed(layers, width), fixed(layers, width, width)
+        self.radius = fixed(layers, value=math.inf)
+        self.image_mean, self.image_whiten = fixed(size), fixed(min(size, width), size)
+        self.image_radius = fixed(1, value=math.inf)
+
+    def unusual(self, features: torch.Tensor, layers: slice) -> torch.Tensor:
+        """Text states of some layers, as the heads' features: [..., layers, width] -> bool [..., layers]."""
+        return self._distance(features, layers) > self.radius[layers]
+
+    def unusual_image(self, visual: torch.Tensor) -> torch.Tensor:
+        """Mean visual tokens: [n, hidden size] -> bool [n]."""
+        return self._image_distance(visual) > self.image_radius
+
+    def _distance(self, features: torch.Tensor, layers: slice) -> torch.Tensor:
         apart = features - self.mean[layers]
         return torch.einsum("lvw,...lw->...lv", self.whiten[layers], apart).square().sum(-1)
 
-    def unusual(self, features: torch.Tensor, layers: slice) -> torch.Tensor:
-        return self.distance(features, layers) > self.radius[layers]
+    def _image_distance(self, visual: torch.Tensor) -> torch.Tensor:
+        return ((visual - self.image_mean) @ self.image_whiten.T).square().sum(-1)
 
     @torch.no_grad()
-    def fit(self, training: torch.Tensor, held_out: torch.Tensor, quantile: float) -> None:
-        """Mean and spread from one set of features [n, L, width], the radius that keeps ``quantile`` of another."""
-        for i in range(training.shape[1]):
-            apart = training[:, i] - training[:, i].mean(0)
-            spread = apart.T @ apart / len(apart)
-            # A little of the mean variance everywhere: a direction never seen in training must not count as infinite.
-            spread += torch.eye(len(spread)) * spread.diagonal().mean() * 1e-3
-            self.mean[i] = training[:, i].mean(0)
-            self.whiten[i] = torch.linalg.inv(torch.linalg.cholesky(spread))
-        self.radius.copy_(self.distance(held_out, slice(None)).quantile(quantile, 0))
+    def fit(self, training: Sequence[torch.Tensor], held_out: Sequence[torch.Tensor], quantile: float) -> None:
+        """Mean and spread from one set of samples, the radii that keep ``quantile`` of another.
+
+        Args:
+            training, held_out: the heads' features [n, L, width] and the mean visual tokens [n, hidden size].
+        """
+        features, visual = training
+        for i in range(features.shape[1]):
+            self.mean[i], self.whiten[i] = _whitening(features[:, i], features.shape[2])
+        self.radius.copy_(self._distance(held_out[0], slice(None)).quantile(quantile, 0))
+        mean, whiten = _whitening(visual, len(self.image_whiten))
+        self.image_mean.copy_(mean)
+        self.image_whiten.copy_(whiten)
+        self.image_radius.copy_(self._image_distance(held_out[1]).quantile(quantile))
+
+
+def _whitening(samples: torch.Tensor, directions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [d] and the map [directions, d] to principal directions of variance one, of samples [n, d]."""
+    mean = samples.mean(0)
+    apart = (samples - mean).double()
+    variance, basis = torch.linalg.eigh(apart.T @ apart / len(samples))
+    # A little of the mean variance everywhere: a direction never seen in training must not count as infinite.
+    scale = (variance.clamp(min=0) + 1e-3 * variance.mean()).rsqrt()
+    return mean, (basis * scale).T.flip(0)[:directions].to(samples.dtype)
 
 
 class ExitHeads(PreTrainedModel):
@@ -251,6 +281,12 @@ class ExitHeads(PreTrainedModel):
                 f"the least is {curve['bound'][0]:.4g}; calibrate on more samples"
             )
         return curve["threshold"][chosen]
+
+    def usual_images(self, visual: torch.Tensor) -> torch.Tensor | None:
+        """Which mean visual tokens [n, hidden_size] are like those of training: bool [n]; None: no guard."""
+        if self.guard is None:
+            return None
+        return ~self.guard.unusual_image(visual.to(self.device).float())
 
     def check_fits(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
         """Raises ``ValueError`` if the heads were made for a decoder of another shape or for another model."""
@@ -392,7 +428,7 @@ def model_card(heads: ExitHeads) -> str:
         f"| text state | {config.text_state} |",
         f"| label rule | {config.label_rule} |",
         f"| threshold | {config.threshold:.6g} |",
-        f"| guard | {'none' if config.guard is None else f'{config.guard:g} of usual samples pass at each layer'} |",
+        f"| guard | {'none' if config.guard is None else f'{config.guard:g} of usual samples pass'} |",
         f"| dyvte | {config.dyvte_version} |",
     ]
     for title, values in (("How the threshold was chosen", config.calibration), ("Training", config.training)):

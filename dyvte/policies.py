@@ -35,6 +35,17 @@ class ExitPolicy:
         """The exit layer of each sample, long [batch_size], or None to be asked after every layer."""
         return torch.full((batch_size,), num_layers)
 
+    def admits(self, visual: torch.Tensor) -> torch.Tensor | None:
+        """Which samples may leave at all, asked once for each prompt before the first layer; None: all of them.
+
+        Args:
+            visual: float32 [n, hidden size], the mean of each sample's visual tokens as they enter the decoder.
+
+        Returns:
+            bool [n], or None
+        """
+        return None
+
     def leaves(self, layer: int, state: torch.Tensor) -> torch.Tensor:
         """Whether the samples leave at exit layer ``layer``, given their text state after as many layers.
 
@@ -145,6 +156,10 @@ class LearnedExit(ExitPolicy):
 
     def plan(self, batch_size: int, num_layers: int) -> None:
         return None
+
+    @torch.no_grad()
+    def admits(self, visual: torch.Tensor) -> torch.Tensor | None:
+        return self.heads.usual_images(visual)
 
     @torch.no_grad()
     def leaves(self, layer: int, state: torch.Tensor) -> torch.Tensor:

@@ -190,6 +190,15 @@ class Prompt:
         can_leave = visual.any(1) & tail.any(1)
         return cls(visual, text, Columns.of(tail), can_leave.cpu())
 
+    def visual_state(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """The mean visual token of each sample as they enter the decoder: [batch, sequence, d] -> float32 [batch, d].
+
+        Zeros where there are none.
+        """
+        weights = self.visual.to(embeddings)
+        total = torch.einsum("bs,bsd->bd", weights, embeddings).float()
+        return total / self.visual.sum(1, keepdim=True).clamp(min=1).to(total)
+
     def text_state(self, hidden: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The text state of each sample, from the output of a decoder layer before the final norm.
 

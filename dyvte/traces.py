@@ -24,6 +24,7 @@ from dyvte.tracing import trace_batch
 
 ANSWERS = ("dense", "dataset")
 PROVENANCE = "provenance.json"
+TENSORS = ("state", "visual", "agreement", "nll", "kl", "dense_nll")
 
 
 @dataclass
@@ -32,6 +33,7 @@ class TraceSet:
 
     Attributes:
         state: float16 [n, L, 2d].
+        visual: float16 [n, d].
         agreement, nll, kl: float32 [n, L]; column e - 1 stands for exit layer e, see :class:`dyvte.tracing.Trace`.
         dense_nll: float32 [n].
         rows: per sample its id, kind, question, answer, dense answer and token counts.
@@ -39,6 +41,7 @@ class TraceSet:
     """
 
     state: torch.Tensor
+    visual: torch.Tensor
     agreement: torch.Tensor
     nll: torch.Tensor
     kl: torch.Tensor
@@ -60,7 +63,7 @@ class TraceSet:
     def select(self, index: torch.Tensor | Sequence[int]) -> TraceSet:
         """Some of the samples, by index."""
         index = torch.as_tensor(index)
-        tensors = {name: getattr(self, name)[index] for name in ("state", "agreement", "nll", "kl", "dense_nll")}
+        tensors = {name: getattr(self, name)[index] for name in TENSORS}
         return TraceSet(**tensors, rows=[self.rows[i] for i in index.tolist()], provenance=self.provenance)
 
 
@@ -182,6 +185,7 @@ def _trace_samples(
                 "text_tokens": int(text[i]),
                 "visual_tokens": int(full[i] - text[i]),
                 "state": trace.state[i].half().flatten().cpu().numpy(),
+                "visual": trace.visual[i].half().cpu().numpy(),
                 "agreement": trace.agreement[i].cpu().numpy(),
                 "nll": trace.nll[i].half().cpu().numpy(),
                 "kl": trace.kl[i].half().cpu().numpy(),
@@ -235,6 +239,7 @@ def _save(rows: list[dict[str, Any]], shard: Path) -> None:
         {name: value("string") for name in ("id", "kind", "question", "traced_answer")}
         | {"answers": datasets.List(value("string")), "text_tokens": value("int32"), "visual_tokens": value("int32")}
         | {"state": datasets.List(value("float16"), length=width), "dense_nll": value("float32")}
+        | {"visual": datasets.List(value("float16"), length=len(rows[0]["visual"]))}
         | {"agreement": datasets.List(value("float32"), length=layers)}
         | {name: datasets.List(value("float16"), length=layers) for name in ("nll", "kl")}
     )
@@ -282,11 +287,12 @@ def load_traces(*folders: str | os.PathLike) -> TraceSet:
     if not tables:
         raise ValueError("no trace folder was named")
     table = datasets.concatenate_datasets(tables)
-    arrays = {name: _tensor(table, name) for name in ("state", "agreement", "nll", "kl", "dense_nll")}
+    arrays = {name: _tensor(table, name) for name in TENSORS}
     n, layers = arrays["agreement"].shape
     rows = table.remove_columns(list(arrays)).to_list()
     return TraceSet(
         state=arrays["state"].view(n, layers, -1),
+        visual=arrays["visual"],
         agreement=arrays["agreement"].float(),
         nll=arrays["nll"].float(),
         kl=arrays["kl"].float(),

@@ -24,6 +24,7 @@ class Trace:
 
     Attributes:
         state: float32 [batch, L, 2d], the text state after every layer (:meth:`dyvte.tokens.Prompt.text_state`).
+        visual: float32 [batch, d], the mean of the visual tokens before the first layer.
         agreement: float32 [batch, L], the share of answer tokens whose most likely token is the dense model's.
         nll: float32 [batch, L], negative log-likelihood of the answer, nats per token.
         kl: float32 [batch, L], KL(exit || dense) of the next token at the last prompt position, nats (the criterion of
@@ -32,6 +33,7 @@ class Trace:
     """
 
     state: torch.Tensor
+    visual: torch.Tensor
     agreement: torch.Tensor
     nll: torch.Tensor
     kl: torch.Tensor
@@ -149,9 +151,12 @@ class _Branches:
             hook.remove()
 
     def _before(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.inside or index == 0:
+        if self.inside:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
+        if index == 0:
+            self.visual = self.prompt.visual_state(hidden)
+            return
         self.states.append(self.prompt.text_state(hidden))
         born = self.columns.take(hidden)
         self.rows = born if self.rows is None else torch.cat([self.rows.to(born.device), born])
@@ -216,6 +221,7 @@ class _Branches:
             kl.append(F.kl_div(dense_next, exit_next, reduction="none", log_target=True).sum(-1).clamp(min=0))
         return Trace(
             state=torch.stack([state.to(logits.device) for state in self.states], 1),
+            visual=self.visual.to(logits.device),
             agreement=torch.stack(agreement, 1),
             nll=torch.stack(nll, 1),
             kl=torch.stack(kl, 1),

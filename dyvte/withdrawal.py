@@ -8,6 +8,7 @@ at the visual tokens. While decoding, layers whose cache was compacted get a mas
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -394,7 +395,12 @@ class VisualExit:
         answer = self._beyond_prompt(past, length, visual)
         run = _PromptPass(Prompt.of(visual, valid[:, past:], answer), cache, valid[:, :past], self.num_layers)
         run.planned = self.policy.plan(batch, self.num_layers)
-        if run.planned is not None:
+        if run.planned is None:
+            admitted = self.policy.admits(run.prompt.visual_state(hidden))
+            if admitted is not None:
+                can_leave = run.prompt.can_leave & admitted.cpu()
+                run.prompt = dataclasses.replace(run.prompt, can_leave=can_leave)
+        else:
             planned = run.planned
             whole = isinstance(planned, torch.Tensor) and not planned.is_floating_point() and planned.shape == (batch,)
             if not whole or planned.min() < 1 or planned.max() > self.num_layers:

@@ -40,7 +40,8 @@ def made_up_traces(n=600, seed=0) -> TraceSet:
     nll = 1.0 + 0.5 * (1 - agreement)
     rows = [{"id": str(i), "kind": f"k{int(f) % 2}"} for i, f in enumerate(first)]
     source = {"base_model": "some/model", "num_layers": LAYERS, "hidden_size": SIZE, "answers": "dense", "data": {}}
-    return TraceSet(state.half(), agreement, nll, 1 - agreement, nll[:, -1], rows, source)
+    visual = torch.randn(n, SIZE, generator=generator)
+    return TraceSet(state.half(), visual.half(), agreement, nll, 1 - agreement, nll[:, -1], rows, source)
 
 
 def test_labels():
@@ -105,7 +106,7 @@ def test_the_promise_is_kept():
     """Thresholds chosen on one half keep the risk on the other, in at least 1 - delta of many splits."""
     traces, alpha, delta = made_up_traces(4000, seed=2), 0.1, 0.1
     heads = fit_heads(made_up_traces(), FitSettings(epochs=5, width=16), progress=False)
-    probability, same = probability_of(heads, traces.state), traces.agreement >= 1
+    probability, same = probability_of(heads, traces), traces.agreement >= 1
     broken, saved, trials = 0, 0.0, 60
     for seed in range(trials):
         order = torch.randperm(len(traces), generator=torch.Generator().manual_seed(seed))
@@ -159,22 +160,28 @@ def test_the_guard_keeps_unusual_samples_dense(tmp_path):
     usual = made_up_traces(500, seed=4)
     unusual = usual.select(torch.arange(500))
     unusual.state = usual.state.flip(-1)  # nothing like what it was
-    free, guarded = logits_of(heads, usual.state).sigmoid(), probability_of(heads, usual.state)
+    free, guarded = logits_of(heads, usual.state).sigmoid(), probability_of(heads, usual)
     stopped = (guarded == 0).float().mean(0)
-    assert (0.03 < stopped).all() and (stopped < 0.2).all()
+    assert (0.06 < stopped).all() and (stopped < 0.35).all()
     assert torch.equal(guarded[guarded > 0], free[guarded > 0])
+    seen = heads.usual_images(usual.visual)
     # Exact, by its definition: further from the training features than 0.9 of the validation traces.
     features = features_of(heads, usual.state)[:, 2] - heads.guard.mean[2]
     spread = torch.linalg.inv(heads.guard.whiten[2].T @ heads.guard.whiten[2])
     distance = (features * torch.linalg.solve(spread, features.T).T).sum(1)
     far = distance > heads.guard.radius[2]
-    assert (far == (guarded[:, 2] == 0)).float().mean() > 0.99  # but for rounding
-    assert exits_at(probability_of(heads, unusual.state), 0.5).float().mean() > exits_at(guarded, 0.5).float().mean()
+    assert ((far | ~seen) == (guarded[:, 2] == 0)).float().mean() > 0.99  # but for rounding
+    assert exits_at(probability_of(heads, unusual), 0.5).float().mean() > exits_at(guarded, 0.5).float().mean()
     heads.save_pretrained(tmp_path)
     loaded = ExitHeads.from_pretrained(tmp_path)
-    assert torch.equal(probability_of(loaded, usual.state), guarded)
+    assert torch.equal(probability_of(loaded, usual), guarded)
+    usual_images = loaded.usual_images(usual.visual)
+    assert 0.03 < (~usual_images).float().mean() < 0.2
+    assert not loaded.usual_images(usual.visual * 4).float().mean() > 0.2
     policy = LearnedExit(loaded, threshold=1e-6)
-    assert policy.leaves(3, usual.state[:, 2].float()).tolist() == (guarded[:, 2] > 1e-6).tolist()
+    assert torch.equal(policy.admits(usual.visual.float()), usual_images)
+    leaves = policy.leaves(3, usual.state[:, 2].float()) & usual_images
+    assert leaves.tolist() == (guarded[:, 2] > 1e-6).tolist()
 
 
 def test_too_few_samples_for_the_promise():

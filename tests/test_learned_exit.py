@@ -80,3 +80,25 @@ def test_a_policy_is_a_small_class():
     with torch.no_grad(), dyvte.visual_exit(model, ShortPromptsLeaveEarly()) as exits:
         model(**inputs)
     assert exits.layers.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_samples_with_unusual_images_stay():
+    """The policy is asked once, with the mean visual token of each sample, and told which may leave."""
+    model, inputs = tiny_llava(), batch_of(*PROMPTS)
+    visual = dyvte.trace_batch(model, inputs).visual
+    with torch.no_grad():
+        features = torch.stack(model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output)
+    torch.testing.assert_close(visual, features.mean(1), atol=1e-5, rtol=1e-5)
+    heads = heads_for(model, inputs, "shared")
+    guarded = dyvte.ExitHeads(dyvte.ExitHeadsConfig(**heads.config.to_diff_dict() | {"guard": 0.9})).eval()
+    guarded.heads.load_state_dict(heads.heads.state_dict())
+    with torch.no_grad(), dyvte.visual_exit(model, dyvte.LearnedExit(guarded)) as exits:
+        model(**inputs)
+    everyone = exits.layers.clone()
+    guarded.guard.image_mean.copy_(visual[2])
+    guarded.guard.image_whiten.copy_(torch.eye(*guarded.guard.image_whiten.shape))
+    guarded.guard.image_radius.fill_(1e-6)  # only the third image is like that of training
+    with torch.no_grad(), dyvte.visual_exit(model, dyvte.LearnedExit(guarded)) as exits:
+        model(**inputs)
+    assert exits.layers.tolist() == [LAYERS, LAYERS, everyone[2].item(), LAYERS, LAYERS]
+    assert everyone.min() < LAYERS and everyone[2] < LAYERS

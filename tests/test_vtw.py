@@ -23,7 +23,9 @@ def traces(by_layer: list[float], spread: float = 0.0, seed: int = 0) -> TraceSe
     agreement = (kl < 0.01).float()
     rows = [{"id": f"s{i}", "kind": "k"} for i in range(N)]
     source = {"base_model": "some/model", "data": {"path": "somewhere"}}
-    return TraceSet(torch.zeros(N, LAYERS, 4).half(), agreement, kl, kl, kl[:, -1], rows, source)
+    return TraceSet(
+        torch.zeros(N, LAYERS, 4).half(), torch.zeros(N, 2).half(), agreement, kl, kl, kl[:, -1], rows, source
+    )
 
 
 FALLING = [1.0, 0.002, 0.5, 0.1, 0.05, 0.0029, 0.0004, 0.0]
