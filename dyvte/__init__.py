@@ -3,6 +3,7 @@
 from dyvte.heads import ExitHeads, ExitHeadsConfig
 from dyvte.policies import ExitPolicy, FixedExit, LearnedExit, NeverExit, RandomExit
 from dyvte.tracing import Trace, trace_batch
+from dyvte.version import __version__
 from dyvte.withdrawal import VisualExit, attach, visual_exit
 
 __all__ = [
@@ -16,7 +17,7 @@ __all__ = [
     "NeverExit",
     "RandomExit",
     "VisualExit",
+    "__version__",
     "attach",
     "visual_exit",
 ]
-__version__ = "0.1.0"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from scipy.stats import beta
 
+from dyvte.fitting import probability_of
 from dyvte.heads import ExitHeads, boldest_safe
 from dyvte.traces import TraceSet
 
@@ -132,8 +133,6 @@ def calibrate(heads: ExitHeads, traces: TraceSet, alpha: float = 0.01, delta: fl
             f"{len(traces)} traces cannot show a risk below {alpha} with confidence {1 - delta:g}: "
             f"at least {needed} held-out samples are needed"
         )
-    from dyvte.fitting import probability_of
-
     heads.check_fits(traces.num_layers, traces.state.shape[-1] // 2, traces.provenance.get("base_model"))
     same = traces.agreement >= 1
     probability = probability_of(heads, traces)
@@ -173,8 +172,6 @@ def compare(heads: ExitHeads, traces: TraceSet, threshold: float | None = None) 
 
     ``oracle_share`` is the visual-layer compute saved, divided by what the earliest agreeing exit of each sample saves.
     """
-    from dyvte.fitting import probability_of
-
     same, layers = traces.agreement >= 1, traces.num_layers
     threshold = heads.config.threshold if threshold is None else threshold
     exits, oracle = exits_at(probability_of(heads, traces), threshold), oracle_exits(same)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from dyvte import __version__
+from dyvte.version import __version__
 
 
 @dataclass(frozen=True)

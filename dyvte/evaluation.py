@@ -31,12 +31,12 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from dyvte import __version__
 from dyvte.data import Sample, encode
 from dyvte.flops import prefill_flops
 from dyvte.metrics import AnswerMetric, build_metric
 from dyvte.policies import ExitPolicy, FixedExit
 from dyvte.tokens import find_decoder, underlying_model, visual_token_ids
+from dyvte.version import __version__
 from dyvte.withdrawal import visual_exit
 
 DENSE = "dense"

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from dyvte.version import __version__
+
 logger = logging.getLogger(__name__)
 
 FORMS = ("shared", "original")
@@ -99,8 +101,6 @@ class ExitHeadsConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
         if self.dyvte_version is None:
-            from dyvte import __version__
-
             self.dyvte_version = __version__
 
 

@@ -31,13 +31,13 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 from torch import nn
 from tqdm.auto import tqdm
 
-from dyvte import __version__
 from dyvte.attention import AttentionRows, call_arguments, find_attention
 from dyvte.data import Sample, batches, encode
 from dyvte.evaluation import hardware, weights_fingerprint
 from dyvte.report import COLOURS, FAINT, INK, STYLE
 from dyvte.tokens import Prompt, find_decoder, underlying_model, visual_token_ids
 from dyvte.traces import TraceSet, load_traces, write_traces
+from dyvte.version import __version__
 
 SEEN = ("visual", "prompt", "text")
 READERS = ("text", "last")

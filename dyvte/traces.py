@@ -17,10 +17,10 @@ from datasets.arrow_writer import ArrowWriter
 from torch import nn
 from tqdm.auto import tqdm
 
-from dyvte import __version__
 from dyvte.data import Sample, encode
-from dyvte.tokens import find_decoder, underlying_model
+from dyvte.tokens import find_decoder, underlying_model, visual_token_ids
 from dyvte.tracing import trace_batch
+from dyvte.version import __version__
 
 ANSWERS = ("dense", "dataset")
 PROVENANCE = "provenance.json"
@@ -225,8 +225,6 @@ def append_answer(inputs: dict[str, Any], ids: torch.Tensor, answer: torch.Tenso
 
 def prompt_lengths(model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens of each prompt, and how many of them are text: two long [batch]."""
-    from dyvte.tokens import visual_token_ids
-
     ids = torch.tensor(visual_token_ids(underlying_model(model)), device=inputs["input_ids"].device)
     full = inputs["attention_mask"].sum(1)
     return full, full - torch.isin(inputs["input_ids"], ids).sum(1)

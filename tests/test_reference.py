@@ -105,7 +105,7 @@ def test_files_named_in_the_readme_exist():
 def test_importing_dyvte_needs_torch_transformers_and_safetensors_only():
     script = "import sys, dyvte; own = {m for m in sys.modules if m.startswith('dyvte')}; print(sorted(own)); "
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    core = {"heads", "layout", "policies", "tokens", "tracing", "withdrawal"}
+    core = {"heads", "layout", "policies", "tokens", "tracing", "version", "withdrawal"}
     assert set(re.findall(r"dyvte\.(\w+)", out)) == core
     for name in core | {"__init__"}:
         source = (ROOT / "dyvte" / f"{name}.py").read_text()
