@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test fuzz lint reproduce reference-mllm traces heads evaluation collect figures benchmarks clean
+.PHONY: help demo test fuzz lint reproduce reference-mllm traces heads evaluation collect studies figures benchmarks clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -50,6 +50,9 @@ evaluation: $(VENV)/installed
 collect: $(VENV)/installed
 	$(BIN)/python benchmarks/reference_results.py --collect
 
+studies: $(VENV)/installed   ## what traces tell: the promise, the guard, forms of heads (after reproduce)
+	for name in promise guard heads_forms heads_ablation; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
 figures: $(VENV)/installed   ## the README's table and figure, from results/
 	$(BIN)/python benchmarks/reference_results.py
 	$(BIN)/python benchmarks/results_page.py
@@ -63,7 +66,7 @@ reference-mllm: $(VENV)/installed  ## train the reference MLLM from nothing (abo
 	$(BIN)/python train/reference_mllm.py --stages report
 
 benchmarks: $(VENV)/installed ## measure the costs of tracing and exiting on this machine
-	for script in benchmarks/trace_cost.py benchmarks/prefill.py; do $(BIN)/python $$script || exit 1; done
+	for name in trace_cost prefill stages; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:           ## remove the environment and runs
 	rm -rf $(VENV) runs

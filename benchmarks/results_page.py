@@ -109,7 +109,7 @@ def ablation(result: dict[str, Any]) -> list[str]:
     return [
         "## What makes heads bolder",
         "",
-        "One change at a time; mean and range over three seeds (one for the published form). α = 1 %.",
+        "One change at a time; mean and range over two seeds (one for the published form). α = 1 %.",
         *grid(["", "of the oracle's savings", "changed", "AUROC", "log loss", "parameters"], rows),
     ]
 
@@ -161,6 +161,18 @@ def prefill(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def stages(result: dict[str, Any]) -> list[str]:
+    rows = [[name, f"{1000 * seconds:.1f} ms"] for name, seconds in result["median_seconds"].items()]
+    return [
+        "## Where the time of an answer goes",
+        "",
+        f"The reference MLLM, a batch of {result['batch']}, one CPU thread; decoding per token of the batch. With "
+        f"exits (mean exit layer {result['mean_exit_layer']:.1f}) prefill takes {result['prefill_ratio']:.2f} of its "
+        f"dense time, decoding {result['decode_ratio']:.2f}.",
+        *grid(["stage", "median"], rows),
+    ]
+
+
 SECTIONS = {
     "promise": promise,
     "guard": guard,
@@ -168,6 +180,7 @@ SECTIONS = {
     "heads_ablation": ablation,
     "trace_cost": trace_cost,
     "prefill": prefill,
+    "stages": stages,
 }
 
 
