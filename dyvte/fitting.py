@@ -40,7 +40,7 @@ class FitSettings:
     weight_decay: float = 0.05
     dropout: float = 0.3
     validation: float = 0.15
-    guard: float | None = 0.98
+    guard: float | None = 0.99
     seed: int = 0
 
 
