@@ -1,7 +1,8 @@
 """Small shared heads against the published form, trained on the same traces, judged on the same held-out ones.
 
-Both forms train with the same optimizer and stop at their own best epoch; the learning rate of each is chosen among
-three by log loss on its own validation split. Risk at alpha is measured after calibration on a third set of traces.
+Both forms train with the same optimizer and stop at their own best epoch; learning rate and dropout of each are chosen
+from the same grid by log loss on its own validation split. Risk at alpha is measured after calibration on a third set
+of traces.
 
     python benchmarks/heads_forms.py    # after `make traces`
 """
@@ -20,7 +21,7 @@ from dyvte.traces import load_traces
 
 RUNS = Path(__file__).parents[1] / "runs/traces"
 FORMS = {"shared": {"width": 128}, "original": {"width": 2048}}
-RATES = (3e-4, 1e-3, 3e-3)
+GRID = [(rate, dropout) for rate in (1e-3, 3e-3) for dropout in (0.0, 0.3)]
 
 
 def main() -> None:
@@ -30,15 +31,17 @@ def main() -> None:
     for form, shape in FORMS.items():
         epochs = 30 if form == "shared" else 12
         candidates = [
-            fit_heads(train, FitSettings(form=form, epochs=epochs, lr=rate, **shape), progress=False) for rate in RATES
+            fit_heads(train, FitSettings(form=form, epochs=epochs, lr=rate, dropout=dropout, **shape), progress=False)
+            for rate, dropout in GRID
         ]
         heads = min(candidates, key=lambda h: h.config.training["validation_log_loss"])
-        big = ExitHeadsConfig(num_layers=32, hidden_size=4096, form=form, **shape)
+        big = ExitHeadsConfig(num_layers=32, hidden_size=4096, form=form, guard=candidates[0].config.guard, **shape)
         with torch.device("meta"):
             at_7b = sum(p.numel() for p in ExitHeads(big).parameters())
         calibrate(heads, held_out)
         result[form] = quality(heads, test) | {
             "lr": heads.config.training["lr"],
+            "dropout": heads.config.training["dropout"],
             "epoch": heads.config.training["best_epoch"],
             "seconds": heads.config.training["seconds"],
             "parameters_at_llava_7b": at_7b,

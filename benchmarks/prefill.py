@@ -26,9 +26,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 def heads_that_leave_at(model: LlamaForCausalLM, layer: int) -> dyvte.ExitHeads:
-    """Heads of full cost whose layer embedding alone decides: no before ``layer``, yes from there on."""
+    """Heads of full cost, guard included, whose layer embedding alone decides: from ``layer`` on, yes."""
     config = model.config
-    heads = dyvte.ExitHeads(dyvte.ExitHeadsConfig(num_layers=config.num_hidden_layers, hidden_size=config.hidden_size))
+    heads = dyvte.ExitHeads(
+        dyvte.ExitHeadsConfig(num_layers=config.num_hidden_layers, hidden_size=config.hidden_size, guard=0.99)
+    )
     inner = heads.heads
     with torch.no_grad():
         for weight in (inner.project.weight, inner.project.bias, inner.hidden.weight, inner.hidden.bias):
@@ -166,7 +168,8 @@ def main() -> None:
     model = llava_shaped_decoder(chosen.width, dtype=dtype)
     eager = llava_shaped_decoder(chosen.width, attention="eager", dtype=dtype)
     result = {
-        "command": f"python benchmarks/prefill.py --width {chosen.width} --repeats {chosen.repeats}",
+        "command": f"python benchmarks/prefill.py --width {chosen.width} --repeats {chosen.repeats} "
+        f"--batches {' '.join(map(str, chosen.batches))}",
         "decoder": f"32 layers, width {chosen.width}, 576 visual + 60 text tokens",
         "single": [single(model, eager, batch, chosen.repeats) for batch in chosen.batches],
         "mixed": mixed(model, eager, chosen.repeats),

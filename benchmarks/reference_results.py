@@ -68,7 +68,7 @@ NAMES = {
     "dense": "dense",
     "learned": "**exit heads, α = 1 %**",
     "oracle": "oracle: earliest exit that agrees",
-    "learned-dyvte": "DyVTE as published",
+    "learned-dyvte": "DyVTE: its form, label rule, argmax",
     "vtw": "VTW: one layer by KL",
     "fastv-50": "FastV: half from layer 2 on",
     "prune-50": "random half from layer 2 on",
@@ -116,7 +116,7 @@ def draw(result: dict[str, Any]) -> None:
     styles = {
         "learned": ("o", BLUE, "exit heads, α = 1 %"),
         "oracle": ("*", GREEN, "oracle"),
-        "learned-dyvte": ("D", "#cc79a7", "DyVTE as published"),
+        "learned-dyvte": ("D", "#cc79a7", "DyVTE recipe"),
         "vtw": ("^", "#e69f00", "VTW"),
         "fastv-50": ("v", "#56b4e9", "FastV, half"),
         "prune-50": ("P", GREY, "random half"),

@@ -133,6 +133,15 @@ def calibrate(heads: ExitHeads, traces: TraceSet, alpha: float = 0.01, delta: fl
             f"{len(traces)} traces cannot show a risk below {alpha} with confidence {1 - delta:g}: "
             f"at least {needed} held-out samples are needed"
         )
+
+    def marks(data: Any) -> set[str]:
+        return {part["fingerprint"] for part in data or [] if isinstance(part, dict) and "fingerprint" in part}
+
+    if marks((heads.config.training or {}).get("data")) & marks(traces.provenance.get("data")):
+        raise ValueError(
+            "the traces to calibrate on are those the heads were trained on, so no promise would follow: "
+            "trace other samples, with other images"
+        )
     heads.check_fits(traces.num_layers, traces.state.shape[-1] // 2, traces.provenance.get("base_model"))
     same = traces.agreement >= 1
     probability = probability_of(heads, traces)

@@ -120,7 +120,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Key]]] = {
     "report": (
         "Turn the results of evaluate into one self-contained HTML page and pictures.\n"
         "Example:\n"
-        "  dyvte report directory=runs/eval/reference",
+        "  dyvte report runs/evaluation",
         {"directory": Key(..., "folder of results")},
     ),
     "convert": (
@@ -448,11 +448,15 @@ def main(arguments: list[str] | None = None) -> None:
     file, overrides = options.config, options.overrides
     if file is not None and "=" in file:
         file, overrides = None, [file, *overrides]
+    if options.command == "report" and file is not None:
+        file, overrides = None, [f"directory={file}", *overrides]
     try:
         config = read_config(options.command, file, overrides)
         if config.get("threads"):
             torch.set_num_threads(config.pop("threads"))
         globals()[options.command](config)
+    except ImportError as error:
+        sys.exit(f"dyvte {options.command}: {error}. Install what it needs: pip install 'dyvte[train,eval]'")
     except ValueError as error:
         sys.exit(f"dyvte {options.command}: {error}")
 

@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import string
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,6 +54,8 @@ KEYS = {
 SCENE_KEYS = {"split", "n", "seed", "kinds", "style"}
 IMAGE_KEYS = {"name", "split", "key", "image", "reference"}
 SCORING = ("metric", "max_new_tokens", "template")  # what does not change the samples
+# For generate(): the most likely token, whatever the model's own generation config would do to it.
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 EMPTY = (None, "", "nan", "None")
 
 
@@ -263,8 +266,9 @@ class TableSamples(Source):
             if name not in self.columns:
                 raise ValueError(f"`optional` has {name!r}, which no column fills: add it to `columns`")
             _fields_of(text, set(self.columns))
-        self._select(config)
-        self.ids = self._unique_ids()
+        ids = self._unique_ids()
+        chosen = self._select(config)
+        self.table, self.ids = self.table.select(chosen), [ids[i] for i in chosen]
         self._join_images(config)
 
     def __len__(self) -> int:
@@ -286,23 +290,27 @@ class TableSamples(Source):
             kind=fields.get("kind") or "all",
         )
 
-    def _select(self, config: Mapping[str, Any]) -> None:
+    def _select(self, config: Mapping[str, Any]) -> list[int]:
+        """The rows to use, in order, as numbers of the whole table."""
+        chosen = list(range(len(self.table)))
         for column, allowed in (config.get("where") or {}).items():
             if column not in self.table.column_names:
                 raise ValueError(f"no column {column!r} to choose by: there are {', '.join(self.table.column_names)}")
             allowed = allowed if isinstance(allowed, list) else [allowed]
             values = list(self.table[column])
-            self.table = self.table.select([i for i, value in enumerate(values) if value in allowed])
-            if len(self.table) == 0:
+            chosen = [i for i in chosen if values[i] in allowed]
+            if not chosen:
                 present = sorted({str(value) for value in values})[:20]
                 raise ValueError(f"no row has {column} in {allowed}: the column holds {', '.join(present)}")
         if config.get("seed") is not None:
-            self.table = self.table.shuffle(seed=config["seed"])
-        start = min(config.get("skip") or 0, len(self.table))
-        stop = len(self.table) if config.get("limit") is None else min(start + config["limit"], len(self.table))
-        self.table = self.table.select(range(start, stop))
-        if len(self.table) == 0:
-            raise ValueError(f"{config['path']} has no rows in split {config.get('split')!r}")
+            random.Random(config["seed"]).shuffle(chosen)
+        start = config.get("skip") or 0
+        chosen = chosen[start : None if config.get("limit") is None else start + config["limit"]]
+        if not chosen:
+            raise ValueError(
+                f"{config['path']} has no rows left in split {config.get('split')!r}: check skip and where"
+            )
+        return chosen
 
     def _unique_ids(self) -> list[str]:
         """The id column, numbered where it repeats, else the row numbers."""

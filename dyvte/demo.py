@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dyvte import scenes
-from dyvte.data import Sample, encode, load_samples
+from dyvte.data import GREEDY, Sample, encode, load_samples
 from dyvte.flops import prefill_flops
 from dyvte.heads import ExitHeads
 from dyvte.policies import LearnedExit
@@ -105,7 +105,7 @@ def _one_kind(
     length = inputs["input_ids"].shape[1]
 
     def answers() -> list[str]:
-        ids = mllm.generate(**inputs, max_new_tokens=8, do_sample=False)[:, length:]
+        ids = mllm.generate(**inputs, max_new_tokens=8, **GREEDY)[:, length:]
         return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
     dense = answers()

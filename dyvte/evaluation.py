@@ -31,7 +31,7 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from dyvte.data import Sample, encode
+from dyvte.data import GREEDY, Sample, encode
 from dyvte.flops import prefill_flops
 from dyvte.metrics import AnswerMetric, build_metric
 from dyvte.policies import ExitPolicy, FixedExit
@@ -236,7 +236,7 @@ class _Run:
 
     @torch.no_grad()
     def generate(self, inputs: dict[str, Any], tokens: int, **options: Any) -> Any:
-        return self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, num_beams=1, **options)
+        return self.model.generate(**inputs, max_new_tokens=tokens, **GREEDY, **options)
 
     def answer(self, inputs: dict[str, Any], policy: Policy | None, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         """One row for each sample of a batch."""

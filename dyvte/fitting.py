@@ -90,6 +90,7 @@ def fit_heads(traces: TraceSet, settings: FitSettings | None = None, progress: b
                 base_model=source.get("base_model"),
                 base_revision=source.get("base_revision"),
                 label_rule=settings.label_rule,
+                min_layer=source.get("min_layer", 1),
                 guard=settings.guard if settings.form == "shared" else None,
             )
         )
@@ -137,6 +138,7 @@ def probability_of(heads: ExitHeads, traces: TraceSet, batch_size: int = 512) ->
     """What a policy goes by: probabilities of all exit layers, 0 where the guard steps in: [n, L]."""
     heads.eval()
     found = torch.cat([heads.guarded_logits(part).sigmoid() for part in traces.state.split(batch_size)])
+    found[:, : heads.config.min_layer - 1] = 0
     usual = heads.usual_images(traces.visual)
     return found if usual is None else found.masked_fill(~usual[:, None], 0)
 

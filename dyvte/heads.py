@@ -54,6 +54,7 @@ class ExitHeadsConfig(PreTrainedConfig):
         text_state: the recipe of the text state.
         label_rule: what "the visual tokens can leave" meant in training, see :func:`dyvte.fitting.exit_labels`.
         threshold: probability that must be exceeded to exit.
+        min_layer: the smallest exit layer the base model allows (more than 1 where visual features enter later layers).
         guard: share of usual samples that the guard lets pass, at each layer by their text state and once by their
             image; None: there is no guard. What is unlike training does not exit, since no promise covers it.
         calibration: how the threshold was chosen, with the risk it keeps; empty if by no rule.
@@ -72,6 +73,7 @@ class ExitHeadsConfig(PreTrainedConfig):
     text_state: str = TEXT_STATE
     label_rule: str = "agreement"
     threshold: float = 0.5
+    min_layer: int = 1
     guard: float | None = None
     calibration: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
@@ -97,7 +99,7 @@ class ExitHeadsConfig(PreTrainedConfig):
             raise ValueError(f"threshold must lie in (0, 1], not {self.threshold}")
         if self.guard is not None and not 0 < self.guard < 1:
             raise ValueError(f"guard must lie strictly between 0 and 1, or be None, not {self.guard}")
-        for name in ("num_layers", "hidden_size", "width"):
+        for name in ("num_layers", "hidden_size", "width", "min_layer"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
         if self.dyvte_version is None:

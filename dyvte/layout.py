@@ -92,8 +92,11 @@ class WithdrawnLayer(DynamicLayer):
             self.columns, self.end = Columns(kept, valid, self.columns.ragged), self.end - into
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        # Beams of one sample share their prompt, and reordering never crosses samples: columns stay as they are.
         super().reorder_cache(beam_idx)
+        moved = self.columns.rows(beam_idx.to(self.columns.index.device))
+        # Beams of one sample mostly share its exit: then nothing moves, and layers go on sharing columns and masks.
+        if not (torch.equal(moved.index, self.columns.index) and torch.equal(moved.valid, self.columns.valid)):
+            self.columns = moved
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)

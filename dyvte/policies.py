@@ -33,7 +33,8 @@ class ExitPolicy:
 
     def plan(self, batch_size: int, num_layers: int) -> torch.Tensor | None:
         """The exit layer of each sample, long [batch_size], or None to be asked after every layer."""
-        return torch.full((batch_size,), num_layers)
+        asks = type(self).leaves is not ExitPolicy.leaves
+        return None if asks else torch.full((batch_size,), num_layers)
 
     def admits(self, visual: torch.Tensor) -> torch.Tensor | None:
         """Which samples may leave at all, asked once for each prompt before the first layer; None: all of them.
@@ -129,15 +130,19 @@ class RandomExit(ExitPolicy):
 class LearnedExit(ExitPolicy):
     """Exit heads decide: a sample leaves at the first layer where they believe in agreement more than ``threshold``.
 
+    The heads follow the model to its device.
+
     Args:
         heads: trained :class:`~dyvte.ExitHeads` for this model.
         threshold: probability in (0, 1] that must be exceeded; 1 never exits. Default: the heads' own.
-        min_layer: the smallest exit layer considered.
+        min_layer: the smallest exit layer considered; default: the one the heads were calibrated with.
         risk: instead of a threshold, the share of answers that may change, such as 0.02; the threshold comes from the
             curve that the heads' calibration left.
     """
 
-    def __init__(self, heads: ExitHeads, threshold: float | None = None, min_layer: int = 1, risk: float | None = None):
+    def __init__(
+        self, heads: ExitHeads, threshold: float | None = None, min_layer: int | None = None, risk: float | None = None
+    ):
         if threshold is not None and risk is not None:
             raise ValueError("give a threshold or a risk, not both: a risk chooses the threshold")
         if risk is not None:
@@ -145,6 +150,7 @@ class LearnedExit(ExitPolicy):
         threshold = heads.config.threshold if threshold is None else threshold
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
             raise ValueError(f"threshold must lie in (0, 1], not {threshold}: 1 never exits, small values exit early")
+        min_layer = heads.config.min_layer if min_layer is None else min_layer
         if isinstance(min_layer, bool) or not isinstance(min_layer, int) or min_layer < 1:
             raise ValueError(f"min_layer must be an exit layer, 1 or more, not {min_layer}")
         self.heads, self.threshold, self.min_layer = heads.eval(), float(threshold), min_layer
@@ -159,10 +165,10 @@ class LearnedExit(ExitPolicy):
 
     @torch.no_grad()
     def admits(self, visual: torch.Tensor) -> torch.Tensor | None:
-        return self.heads.usual_images(visual)
+        return self.heads.to(visual.device).usual_images(visual)
 
     @torch.no_grad()
     def leaves(self, layer: int, state: torch.Tensor) -> torch.Tensor:
         if layer < self.min_layer:
             return torch.zeros(len(state), dtype=torch.bool, device=state.device)
-        return self.heads.confident(state, layer, self.threshold)
+        return self.heads.to(state.device).confident(state, layer, self.threshold)

@@ -195,9 +195,8 @@ class Prompt:
 
         Zeros where there are none.
         """
-        weights = self.visual.to(embeddings)
-        total = torch.einsum("bs,bsd->bd", weights, embeddings).float()
-        return total / self.visual.sum(1, keepdim=True).clamp(min=1).to(total)
+        weights = self.visual / self.visual.sum(1, keepdim=True).clamp(min=1)
+        return torch.einsum("bs,bsd->bd", weights.to(embeddings), embeddings).float()
 
     def text_state(self, hidden: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The text state of each sample, from the output of a decoder layer before the final norm.

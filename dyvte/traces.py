@@ -17,8 +17,8 @@ from datasets.arrow_writer import ArrowWriter
 from torch import nn
 from tqdm.auto import tqdm
 
-from dyvte.data import Sample, encode
-from dyvte.tokens import find_decoder, underlying_model, visual_token_ids
+from dyvte.data import GREEDY, Sample, encode
+from dyvte.tokens import find_decoder, smallest_exit, underlying_model, visual_token_ids
 from dyvte.tracing import trace_batch
 from dyvte.version import __version__
 
@@ -97,12 +97,15 @@ def write_traces(
         raise ValueError(f"answers must be one of {', '.join(ANSWERS)}, not {answers!r}")
     if len(samples) == 0:
         raise ValueError("there are no samples to trace: check the data config")
+    if answers == "dataset" and not samples[0].answers:
+        raise ValueError("the samples have no answers to trace: use answers=dense, or map the column of answers")
     folder, base = Path(folder), underlying_model(model)
     record = {
         "base_model": getattr(base.config, "_name_or_path", None) or None,
         "base_revision": getattr(base.config, "_commit_hash", None),
         "num_layers": len(find_decoder(base).layers),
         "hidden_size": find_decoder(base).config.hidden_size,
+        "min_layer": smallest_exit(base, find_decoder(base)),
         "dtype": str(base.dtype).removeprefix("torch."),
         "answers": answers,
         "max_new_tokens": max_new_tokens,
@@ -158,12 +161,12 @@ def _trace_samples(
     max_new_tokens: int,
     template: str | None,
 ) -> list[dict[str, Any]]:
-    inputs = encode(processor, samples, template).to(model.device)
+    inputs = encode(processor, samples, template).to(model.device, model.dtype)
     tokenizer = processor.tokenizer
     length = inputs["input_ids"].shape[1]
     if answers == "dense":
         with torch.no_grad():
-            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[:, length:]
+            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)[:, length:]
     else:
         rows = [tokenizer(sample.answers[0], add_special_tokens=False).input_ids for sample in samples]
         rows = [row + [tokenizer.eos_token_id] for row in rows]
@@ -184,8 +187,8 @@ def _trace_samples(
                 "traced_answer": tokenizer.decode(ids[i][answer[i]], skip_special_tokens=True).strip(),
                 "text_tokens": int(text[i]),
                 "visual_tokens": int(full[i] - text[i]),
-                "state": trace.state[i].half().flatten().cpu().numpy(),
-                "visual": trace.visual[i].half().cpu().numpy(),
+                "state": _half(trace.state[i]).flatten().cpu().numpy(),
+                "visual": _half(trace.visual[i]).cpu().numpy(),
                 "agreement": trace.agreement[i].cpu().numpy(),
                 "nll": trace.nll[i].half().cpu().numpy(),
                 "kl": trace.kl[i].half().cpu().numpy(),
@@ -195,9 +198,17 @@ def _trace_samples(
     return out
 
 
+def _half(states: torch.Tensor) -> torch.Tensor:
+    """In half precision; what is too large for it is cut off there, which keeps directions where infinity would not."""
+    limit = torch.finfo(torch.float16).max
+    return states.clamp(-limit, limit).half()
+
+
 def _answer_mask(ids: torch.Tensor, eos: int | list[int] | None) -> torch.Tensor:
     """True up to and including the first end-of-sequence token of each answer."""
-    ends = torch.isin(ids, torch.tensor(eos if isinstance(eos, list) else [eos], device=ids.device)) if eos else ids < 0
+    if eos is None:
+        return ids >= 0
+    ends = torch.isin(ids, torch.tensor(eos if isinstance(eos, list) else [eos], device=ids.device))
     before_end = ends.int().cumsum(1) - ends.int() == 0
     return before_end & (ids >= 0)
 
@@ -280,13 +291,17 @@ def load_traces(*folders: str | os.PathLike) -> TraceSet:
             for key in ("base_model", "num_layers", "hidden_size", "answers"):
                 if provenance[key] != record[key]:
                     raise ValueError(f"{folder} differs in {key}: {record[key]!r} and {provenance[key]!r} do not mix")
-        provenance = provenance or record
+            provenance["data"] = [*provenance["data"], record["data"]]
+        else:
+            provenance = record | {"data": [record["data"]]}
         tables += shards
     if not tables:
         raise ValueError("no trace folder was named")
     table = datasets.concatenate_datasets(tables)
     arrays = {name: _tensor(table, name) for name in TENSORS}
     n, layers = arrays["agreement"].shape
+    # Exits that the model does not allow count as changed answers.
+    arrays["agreement"][:, : provenance.get("min_layer", 1) - 1] = 0
     rows = table.remove_columns(list(arrays)).to_list()
     return TraceSet(
         state=arrays["state"].view(n, layers, -1),

@@ -71,6 +71,17 @@ def test_heads_of_another_depth_are_refused():
     assert not any(m._forward_pre_hooks for m in model.get_decoder().layers)
 
 
+def test_a_policy_may_only_say_who_leaves():
+    class AfterThreeLayers(dyvte.ExitPolicy):
+        def leaves(self, layer, state):
+            return torch.full((len(state),), layer >= 3)
+
+    model, inputs = tiny_llava(), batch_of(*PROMPTS)
+    with torch.no_grad(), dyvte.visual_exit(model, AfterThreeLayers()) as exits:
+        model(**inputs)
+    assert exits.layers.tolist() == [3] * 5
+
+
 def test_a_policy_is_a_small_class():
     class ShortPromptsLeaveEarly(dyvte.ExitPolicy):
         def plan(self, batch_size, num_layers):

@@ -53,9 +53,9 @@ def mllm(tmp_path_factory):
     return folder
 
 
-def trace(mllm, output, n=40, **more):
+def trace(mllm, output, n=40, seed=5, **more):
     pairs = {"model": mllm, "output": output, "dtype": "float32", "max_new_tokens": 3, "shard_size": 16} | more
-    scenes = f"data={{scenes: {{split: dev, n: {n}, seed: 5}}}}"
+    scenes = f"data={{scenes: {{split: dev, n: {n}, seed: {seed}}}}}"
     main(["trace", scenes, *[f"{key}={value}" for key, value in pairs.items()]])
 
 
@@ -63,6 +63,13 @@ def trace(mllm, output, n=40, **more):
 def traces(mllm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("traces") / "all"
     trace(mllm, folder, n=300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def held_out(mllm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("traces") / "held-out"
+    trace(mllm, folder, n=200, seed=6)
     return folder
 
 
@@ -141,11 +148,15 @@ def test_a_folder_of_other_traces_is_refused(mllm, traces):
         trace(mllm, traces, n=20)
 
 
-def test_from_traces_to_a_report(mllm, traces, tmp_path, capsys):
+def test_from_traces_to_a_report(mllm, traces, held_out, tmp_path, capsys):
     heads, results = tmp_path / "heads", tmp_path / "results"
-    main(["train", f"traces={traces}", f"calibration={traces}", f"output={heads}", "alpha=0.3", "fit.epochs=3"])
+    arguments = [f"traces={traces}", f"output={heads}", "alpha=0.3", "fit.epochs=3"]
+    with pytest.raises(SystemExit, match="are those the heads were trained on"):
+        main(["train", *arguments, f"calibration={traces}"])
+    capsys.readouterr()
+    main(["train", *arguments, f"calibration={held_out}"])
     assert json.loads(capsys.readouterr().out)["learned"]["agreement"] >= 0.7
-    main(["calibrate", f"heads={heads}", f"traces={traces}", "alpha=0.4"])
+    main(["calibrate", f"heads={heads}", f"traces={held_out}", "alpha=0.4"])
     assert dyvte.ExitHeads.from_pretrained(heads).config.calibration["alpha"] == 0.4
     published = tmp_path / "published"
     fit = "fit={form: original, width: 32, label_rule: original, epochs: 2}"
@@ -171,7 +182,7 @@ def test_from_traces_to_a_report(mllm, traces, tmp_path, capsys):
     summary = json.loads((results / "summary.json").read_text())
     assert set(summary["policies"]) == {"dense", *settings["policies"]}
     assert summary["policies"]["fixed-2"]["mean_exit_layer"] == 2
-    main(["report", f"directory={results}"])
+    main(["report", str(results)])
     assert json.loads((results / "curve.json").read_text())["alpha"] == 0.4
     capsys.readouterr()
     main(

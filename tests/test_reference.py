@@ -71,7 +71,7 @@ def test_the_heads_know_where_they_come_from(mllm):
     heads = dyvte.ExitHeads.from_pretrained(HEADS)
     config = heads.config
     assert config.base_model.endswith("reference-mllm") and config.calibration["alpha"] == 0.01
-    assert config.calibration["bound"] <= 0.01 and config.training["data"]["scenes"]["split"] == "train"
+    assert config.calibration["bound"] <= 0.01 and config.training["data"][0]["scenes"]["split"] == "train"
     assert sum(path.stat().st_size for path in HEADS.iterdir()) < 4_000_000
     dyvte.attach(mllm[0], dyvte.LearnedExit(heads)).detach()
 

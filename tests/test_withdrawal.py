@@ -158,6 +158,23 @@ def test_beams_are_reordered_with_the_cache():
     assert out.tolist() == expected.tolist()
 
 
+def test_beams_with_exits_of_their_own_keep_their_columns():
+    """One exit per row, so beams of a sample differ: what a row's cache holds moves with it."""
+    inputs, exits = batch_of(*RAGGED[:2]), [1, 5, 3, 2, 6, 4]
+    model = tiny_llava()
+    twice = {k: v.repeat_interleave(3, 0) for k, v in inputs.items() if k != "pixel_values"}
+    pixels = inputs["pixel_values"].repeat_interleave(3, 0)
+    order = torch.tensor([2, 0, 0, 5, 4, 4])
+    with torch.no_grad(), dyvte.visual_exit(model, dyvte.FixedExit(exits)):
+        cache = model(**twice, pixel_values=pixels).past_key_values
+        cache.reorder_cache(order)
+    for layer in cache.layers:
+        if hasattr(layer, "columns"):
+            filled = layer.keys.abs().sum((1, 3)) > 0
+            assert not (layer.columns.valid & ~filled).any(), "a place counts as a token and holds none"
+            assert torch.equal(layer.columns.valid.sum(1), (filled & layer.columns.valid).sum(1))
+
+
 def test_interleaved_generations_keep_their_own_state():
     model = tiny_llava()
     inputs = [batch_of(prompt(3, 5, seed=1)), batch_of(prompt(5, 2, seed=2), prompt(1, 8, seed=3))]

@@ -156,6 +156,9 @@ def run_stage(name: str, module: nn.Module, stage: dict, work: Path, loss_of_ste
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         start, spent = state["step"], state["seconds"]
+        if rank == 0 and curve.exists():  # what was logged after the checkpoint comes again
+            rows = [row for row in curve.read_text().splitlines() if json.loads(row)["step"] <= start]
+            curve.write_text("".join(row + "\n" for row in rows))
     began = time.monotonic() - spent
     running = None
     for step in tqdm(range(start, stage["steps"]), initial=start, total=stage["steps"], desc=name, disable=rank != 0):
@@ -375,7 +378,8 @@ def report(processor: LlavaProcessor, output: Path, settings: dict) -> None:
         f"Greedy answers right on {result['questions']} held-out questions (new scenes, digits of the test split): "
         f"**{100 * result['accuracy']:.1f} %**.\n\n| kind | right |\n|---|---|\n{table}\n"
         "![Training curves](curves.png)\n\nMade by `make reference-mllm`; this report by "
-        f"`{result['command']}`.\n"
+        f"`{result['command']}`.\nThe shipped weights come from one run whose config grew on the way, as its comments "
+        "tell; a run from nothing follows the same phases.\n"
     )
     print(json.dumps(result, indent=2))
 
