@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,18 +119,22 @@ def draw(result: dict[str, Any]) -> None:
         "oracle": ("*", GREEN, "oracle"),
         "learned-dyvte": ("D", "#cc79a7", "DyVTE recipe"),
         "vtw": ("^", "#e69f00", "VTW"),
-        "fastv-50": ("v", "#56b4e9", "FastV, half"),
-        "prune-50": ("P", GREY, "random half"),
-        "fastv-exit-50": ("X", "#000000", "FastV and exit heads"),
+        "fastv-exit-50": ("X", "#000000", "FastV, half, and exit heads"),
         "random": ("s", "#bbbbbb", "random exit"),
     }
+    families = {
+        "fixed": (RED, "one fixed exit layer"),
+        "fastv": ("#56b4e9", "FastV, % kept"),
+        "prune": (GREY, "random pruning, % kept"),
+    }
     for axis, key in ((left, "agreement"), (middle, "score")):
-        fixed = sorted((row["visual_layers_removed"], row[key], n) for n, row in policies.items() if n[:5] == "fixed")
-        xs, ys = [100 * x for x, _, _ in fixed], [100 * y for _, y, _ in fixed]
-        axis.plot(xs, ys, "--", color=RED, marker=".", linewidth=1, label="one fixed exit layer")
-        for x, y, (_, _, name) in zip(xs, ys, fixed):
-            place = {"textcoords": "offset points", "xytext": (3, -10)}
-            axis.annotate(name.split("-")[1], (x, y), fontsize=7, color=RED, **place)
+        for family, (colour, title) in families.items():
+            names = [n for n in policies if re.fullmatch(rf"{family}-\d+", n)]
+            spots = sorted((100 * policies[n]["visual_layers_removed"], 100 * policies[n][key], n) for n in names)
+            axis.plot([x for x, _, _ in spots], [y for _, y, _ in spots], ".--", color=colour, linewidth=1, label=title)
+            for x, y, name in spots:
+                place = {"textcoords": "offset points", "xytext": (3, -10)}
+                axis.annotate(name.split("-")[1], (x, y), fontsize=7, color=colour, annotation_clip=True, **place)
         for name, (marker, colour, title) in styles.items():
             row = policies[name]
             place = (100 * row["visual_layers_removed"], 100 * row[key])

@@ -195,6 +195,15 @@ def main() -> None:
         result = read(name)
         if result is not None:
             lines += ["", *section(result), "", f"`{result['command']}`"]
+    lines += [
+        "",
+        "## What the reference MLLM does, layer by layer",
+        "",
+        "![inspect](figures/inspect.png)",
+        "",
+        "`dyvte inspect model=checkpoints/reference-mllm dtype=float32 output=runs/inspect "
+        "'data={scenes: {split: test, n: 120, seed: 3}}' max_new_tokens=8`",
+    ]
     PAGE.write_text("\n".join(lines) + "\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,3 +158,26 @@ def test_gates_that_are_not_right(change, match):
 def test_thresholds_out_of_range(threshold):
     with pytest.raises(ValueError, match="threshold must lie"):
         dyvte.LearnedExit(some_heads(), threshold=threshold)
+
+
+def test_a_push_uploads_what_is_saved(monkeypatch):
+    """The hub is not there in tests: what would be sent to it is."""
+    sent = {}
+
+    class Hub:
+        def __init__(self, token=None):
+            self.token = token
+
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            return type("Repo", (), {"repo_id": f"me/{repo_id}"})
+
+        def upload_folder(self, repo_id, folder_path, **more):
+            files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+            sent.update(files=files, repo_id=repo_id, **more)
+            return "commit"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert some_heads(base_model="some/model").push_to_hub("heads", commit_message="first") == "commit"
+    assert sent["repo_id"] == "me/heads" and sent["commit_message"] == "first"
+    assert set(sent["files"]) == {"README.md", "config.json", "model.safetensors"}
+    assert b"base_model: some/model" in sent["files"]["README.md"]
