@@ -19,7 +19,7 @@ from dyvte.data import GREEDY, Sample, encode, load_samples
 from dyvte.flops import prefill_flops
 from dyvte.heads import ExitHeads
 from dyvte.policies import LearnedExit
-from dyvte.tokens import visual_token_ids
+from dyvte.traces import prompt_lengths
 from dyvte.withdrawal import visual_exit
 
 SEED = 100  # of the first kind's scenes
@@ -113,8 +113,8 @@ def _one_kind(
         left = answers()
     layers = handle.layers.tolist()
     gold = [sample.answers[0] for sample in samples]
-    visual = torch.isin(inputs["input_ids"], torch.tensor(visual_token_ids(mllm))).sum(1).tolist()
-    text = (inputs["attention_mask"].sum(1) - torch.tensor(visual)).tolist()
+    full_length, text_length = prompt_lengths(mllm, inputs)
+    text, visual = text_length.tolist(), (full_length - text_length).tolist()
     config = mllm.config.get_text_config()
     spent = sum(prefill_flops(config, t, v, e) for t, v, e in zip(text, visual, layers))
     full = sum(prefill_flops(config, t, v, config.num_hidden_layers) for t, v in zip(text, visual))

@@ -35,7 +35,7 @@ from dyvte.attention import AttentionRows, call_arguments, find_attention
 from dyvte.data import Sample, batches, encode
 from dyvte.evaluation import hardware, weights_fingerprint
 from dyvte.report import COLOURS, FAINT, INK, STYLE
-from dyvte.tokens import Prompt, find_decoder, underlying_model, visual_token_ids
+from dyvte.tokens import Prompt, find_decoder, underlying_model, visual_tokens
 from dyvte.traces import TraceSet, load_traces, write_traces
 from dyvte.version import __version__
 
@@ -86,7 +86,7 @@ def attention_shares(
     if visual_mask is None:
         if inputs.get("input_ids") is None:
             raise ValueError("without input_ids nothing shows the visual tokens: pass visual_mask [batch, sequence]")
-        visual_mask = torch.isin(inputs["input_ids"], torch.tensor(visual_token_ids(model)).to(inputs["input_ids"]))
+        visual_mask = visual_tokens(model, inputs["input_ids"])
     valid = inputs.get("attention_mask")
     prompt = Prompt.of(visual_mask, torch.ones_like(visual_mask) if valid is None else valid.bool())
     if not bool(prompt.can_leave.all()):

@@ -127,6 +127,15 @@ def visual_token_ids(model: nn.Module) -> list[int]:
     return ids
 
 
+def visual_tokens(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Where the visual tokens are: ids [batch, sequence] -> bool of that shape.
+
+    Raises:
+        ValueError: the config names no visual token id.
+    """
+    return torch.isin(input_ids, torch.tensor(visual_token_ids(model), device=input_ids.device))
+
+
 @dataclass(frozen=True)
 class Columns:
     """Some columns of a [batch, sequence] grid, compacted to the right.

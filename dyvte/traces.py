@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dyvte.data import GREEDY, Sample, encode
-from dyvte.tokens import find_decoder, smallest_exit, underlying_model, visual_token_ids
+from dyvte.tokens import find_decoder, smallest_exit, underlying_model, visual_tokens
 from dyvte.tracing import trace_batch
 from dyvte.version import __version__
 
@@ -236,9 +236,8 @@ def append_answer(inputs: dict[str, Any], ids: torch.Tensor, answer: torch.Tenso
 
 def prompt_lengths(model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens of each prompt, and how many of them are text: two long [batch]."""
-    ids = torch.tensor(visual_token_ids(underlying_model(model)), device=inputs["input_ids"].device)
     full = inputs["attention_mask"].sum(1)
-    return full, full - torch.isin(inputs["input_ids"], ids).sum(1)
+    return full, full - visual_tokens(underlying_model(model), inputs["input_ids"]).sum(1)
 
 
 def _save(rows: list[dict[str, Any]], shard: Path) -> None:

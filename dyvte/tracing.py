@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dyvte.layout import compact_arguments, compact_mask
-from dyvte.tokens import Columns, Prompt, find_decoder, underlying_model, visual_token_ids
+from dyvte.tokens import Columns, Prompt, find_decoder, underlying_model, visual_tokens
 
 
 @dataclass
@@ -71,8 +71,7 @@ def trace_batch(
             raise ValueError(
                 "inputs_embeds do not show where the visual tokens are: pass visual_mask, bool [batch, sequence]"
             )
-        ids = torch.tensor(visual_token_ids(model), device=tokens.device)
-        visual_mask = torch.isin(inputs["input_ids"], ids)
+        visual_mask = visual_tokens(model, inputs["input_ids"])
     if visual_mask.dtype != torch.bool:
         raise ValueError(f"visual_mask must be bool [batch, sequence], not {visual_mask.dtype}")
     valid = inputs.get("attention_mask")
