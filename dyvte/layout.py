@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, get_layer_types_and_kwargs
 from transformers.masking_utils import create_causal_mask
@@ -16,24 +15,26 @@ from dyvte.tokens import Columns
 Mask = Any  # bool or float [batch, 1, query, key], bool [batch, key], a flex BlockMask, or None
 
 
-def sliding_window(layer: nn.Module, config: PreTrainedConfig, index: int) -> int | None:
-    """The attention window of a decoder layer in tokens, or None where it attends to everything before.
+def sliding_windows(config: PreTrainedConfig, num_layers: int) -> list[int | None]:
+    """The attention window of every decoder layer in tokens, None where it attends to everything before.
 
     Raises:
-        ValueError: the layer is of a kind from which tokens cannot be withdrawn.
+        ValueError: a layer is of a kind from which tokens cannot be withdrawn.
     """
     types, arguments = get_layer_types_and_kwargs(config)
-    kind = types[index] if index < len(types) else "full_attention"
-    if kind not in ("full_attention", "sliding_attention"):
-        why = {
-            "linear_attention": "its state mixes all tokens before, so none can be taken out of it",
-            "dummy": "it has no keys and values of its own",
-        }.get(kind, "only full and sliding attention are supported")
-        raise ValueError(
-            f"decoder layer {index} is a {kind!r} layer, and visual tokens cannot be withdrawn from it: {why}. "
-            "Use a model whose decoder layers are all full_attention or sliding_attention"
-        )
-    return arguments[index].get("sliding_window") if index < len(types) else None
+    windows: list[int | None] = [None] * num_layers
+    for index, (kind, settings) in enumerate(zip(types[:num_layers], arguments)):
+        if kind not in ("full_attention", "sliding_attention"):
+            why = {
+                "linear_attention": "its state mixes all tokens before, so none can be taken out of it",
+                "dummy": "it has no keys and values of its own",
+            }.get(kind, "only full and sliding attention are supported")
+            raise ValueError(
+                f"decoder layer {index} is a {kind!r} layer, and visual tokens cannot be withdrawn from it: {why}. "
+                "Use a model whose decoder layers are all full_attention or sliding_attention"
+            )
+        windows[index] = settings.get("sliding_window")
+    return windows
 
 
 class WithdrawnLayer(DynamicLayer):

@@ -27,7 +27,7 @@ from dyvte.layout import (
     continued_mask,
     held_columns,
     select_rows,
-    sliding_window,
+    sliding_windows,
 )
 from dyvte.policies import ExitPolicy
 from dyvte.tokens import (
@@ -179,7 +179,7 @@ class VisualExit:
                 "a visual exit is attached to this model already: detach() it, or leave its with block, first"
             )
         self.visual_ids = None if visual_mask is not None else visual_token_ids(self.model)
-        self.windows = [sliding_window(layer, self.config, i) for i, layer in enumerate(self.decoder.layers)]
+        self.windows = sliding_windows(self.config, self.num_layers)
         self.min_layer = smallest_exit(self.model, self.decoder)
         policy.check(self.num_layers, self.config.hidden_size, getattr(self.model.config, "_name_or_path", None))
         if policy.earliest is not None and policy.earliest < self.min_layer:
