@@ -10,11 +10,10 @@ and the way of the original: eager attention that returns its maps at every laye
 from __future__ import annotations
 
 import argparse
-import statistics
 
 import matplotlib
 import torch
-from shapes import RESULTS, alternate, llava_shaped_decoder, prompt, ratio, record
+from shapes import RESULTS, alternate, llava_shaped_decoder, prompt, record, seconds, timed_by_layer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
@@ -69,9 +68,11 @@ def original_way(model: LlamaForCausalLM, inputs: dict, visual: torch.Tensor, la
 
 
 def run_under(model, inputs, visual, policy):
+    """A timed pass with exits; attaching is paid once, before."""
+
     def run():
         with dyvte.visual_exit(model, policy, visual_mask=visual):
-            model(**inputs, logits_to_keep=1)
+            return timed_by_layer(model, lambda: model(**inputs, logits_to_keep=1))
 
     return run
 
@@ -88,30 +89,30 @@ def single(model: LlamaForCausalLM, eager: LlamaForCausalLM, batch: int, repeats
     inputs, visual = prompt(model, batch)
     text = int((~visual[0]).sum())
     points = (layers // 4, layers // 2, 3 * layers // 4)
-    runs = {"dense": lambda: model(**inputs, logits_to_keep=1)}
+    runs = {"dense": lambda: timed_by_layer(model, lambda: model(**inputs, logits_to_keep=1))}
     for e in points:
         runs[f"fixed_{e}"] = run_under(model, inputs, visual, dyvte.FixedExit(e))
         policy = dyvte.LearnedExit(heads_that_leave_at(model, e))
         runs[f"learned_{e}"] = run_under(model, inputs, visual, policy)
-        runs[f"original_{e}"] = lambda e=e: original_way(eager, inputs, visual, e)
-    seconds = alternate(runs, repeats, warmup=1)
+        runs[f"original_{e}"] = lambda e=e: timed_by_layer(eager, lambda: original_way(eager, inputs, visual, e))
+    took = {name: seconds(laps) for name, laps in alternate(runs, repeats, warmup=1).items()}
     dense = prefill_flops(model.config, text, int(visual[0].sum()), layers)
     rows = []
     for e in points:
         saved_flops = 1 - prefill_flops(model.config, text, int(visual[0].sum()), e) / dense
-        saved_time = 1 - ratio(seconds, f"fixed_{e}", "dense")
+        saved_time = 1 - took[f"fixed_{e}"] / took["dense"]
         rows.append(
             {
                 "exit_layer": e,
                 "flops_saved": saved_flops,
                 "time_saved": saved_time,
                 "time_saved_over_flops_saved": saved_time / saved_flops,
-                "learned_over_fixed": ratio(seconds, f"learned_{e}", f"fixed_{e}"),
-                "original_over_fixed": ratio(seconds, f"original_{e}", f"fixed_{e}"),
-                "learned_saved_time": 1 - ratio(seconds, f"learned_{e}", "dense"),
+                "learned_over_fixed": took[f"learned_{e}"] / took[f"fixed_{e}"],
+                "original_over_fixed": took[f"original_{e}"] / took[f"fixed_{e}"],
+                "learned_saved_time": 1 - took[f"learned_{e}"] / took["dense"],
             }
         )
-    return {"batch": batch, "rows": rows, "dense_seconds": statistics.median(seconds["dense"])}
+    return {"batch": batch, "rows": rows, "dense_seconds": took["dense"]}
 
 
 def mixed(model: LlamaForCausalLM, eager: LlamaForCausalLM, repeats: int) -> dict:
@@ -123,8 +124,7 @@ def mixed(model: LlamaForCausalLM, eager: LlamaForCausalLM, repeats: int) -> dic
     runs = {"together": run_under(model, inputs, visual, dyvte.FixedExit(exits))}
     for i in range(batch):
         runs[f"alone_{i}"] = run_under(model, alone[i], visual[i : i + 1], dyvte.FixedExit(exits[i]))
-    seconds = alternate(runs, repeats, warmup=1)
-    sums = [sum(seconds[f"alone_{i}"][r] for i in range(batch)) for r in range(repeats)]
+    took = {name: seconds(laps) for name, laps in alternate(runs, repeats, warmup=1).items()}
     together = flops_of(eager, inputs, visual, exits)
     apart = sum(flops_of(eager, alone[i], visual[i : i + 1], [exits[i]]) for i in range(batch))
     with dyvte.visual_exit(model, dyvte.FixedExit(exits), visual):
@@ -135,7 +135,7 @@ def mixed(model: LlamaForCausalLM, eager: LlamaForCausalLM, repeats: int) -> dic
     return {
         "exits": exits,
         "flops_over_sum_alone": together / apart,
-        "time_over_sum_alone": statistics.median(a / b for a, b in zip(seconds["together"], sums)),
+        "time_over_sum_alone": took["together"] / sum(took[f"alone_{i}"] for i in range(batch)),
         "cache_over_sum_alone": held / needed,
     }
 

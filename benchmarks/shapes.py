@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import statistics
@@ -50,26 +51,58 @@ def prompt(
     return inputs, mask.to(model.device)
 
 
-def alternate(runs: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of every run, in turn, so that a drifting machine hits all alike."""
-    cuda = torch.cuda.is_available()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(run: Callable[[], Any]) -> list[float]:
+    """Seconds of a run, as a single lap."""
+    synchronize()
+    began = time.perf_counter()
+    run()
+    synchronize()
+    return [time.perf_counter() - began]
+
+
+def timed_by_layer(model: LlamaForCausalLM, run: Callable[[], Any]) -> list[float]:
+    """Seconds of a model's pass, a lap for every decoder layer: what disturbs a CPU spoils a few laps, not the run.
+
+    On a GPU a single lap, since the clock could not be read without waiting for the device.
+    """
+    if torch.cuda.is_available():
+        return timed(run)
+    marks: list[float] = []
+
+    def mark(*_: Any) -> None:
+        marks.append(time.perf_counter())
+
+    hooks = [model.register_forward_pre_hook(mark, prepend=True), model.register_forward_hook(mark)]
+    hooks += [layer.register_forward_pre_hook(mark) for layer in model.get_decoder().layers]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [end - begin for begin, end in itertools.pairwise(marks)]
+
+
+def alternate(
+    runs: dict[str, Callable[[], list[float]]], repeats: int, warmup: int = 2
+) -> dict[str, list[list[float]]]:
+    """The laps of every run, in turn, so that a drifting machine hits all alike."""
+    laps: dict[str, list[list[float]]] = {name: [] for name in runs}
     for repeat in range(warmup + repeats):
         for name, run in runs.items():
-            if cuda:
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            run()
-            if cuda:
-                torch.cuda.synchronize()
+            took = run()
             if repeat >= warmup:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
+                laps[name].append(took)
+    return laps
 
 
-def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
-    """Median over rounds of one run's time divided by another's in the same round."""
-    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base]))
+def seconds(laps: list[list[float]]) -> float:
+    """What a run takes: the median of each of its laps, added up."""
+    return sum(statistics.median(lap) for lap in zip(*laps, strict=True))
 
 
 def record(name: str, result: dict[str, Any]) -> None:

@@ -7,11 +7,10 @@ The reference MLLM on a batch of mixed questions, dense and with its heads, in t
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 
 import torch
-from shapes import alternate, ratio, record
+from shapes import alternate, record, seconds, timed
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dyvte
@@ -44,12 +43,12 @@ def main() -> None:
         cache.crop(-steps)
 
     runs = {
-        "processor": lambda: encode(processor, samples),
-        "vision tower": lambda: model.get_image_features(inputs["pixel_values"], return_dict=True),
-        "prefill, dense": prefill,
+        "processor": lambda: timed(lambda: encode(processor, samples)),
+        "vision tower": lambda: timed(lambda: model.get_image_features(inputs["pixel_values"], return_dict=True)),
+        "prefill, dense": lambda: timed(prefill),
     }
     dense_cache = prefill().past_key_values
-    runs["decode, dense"] = lambda: decode(dense_cache)
+    runs["decode, dense"] = lambda: timed(lambda: decode(dense_cache))
     with dyvte.visual_exit(model, policy) as exits:
         short_cache = prefill().past_key_values
         layers = exits.layers
@@ -57,14 +56,13 @@ def main() -> None:
     def under(run):
         def inside():
             with dyvte.visual_exit(model, policy):
-                run()
+                return timed(run)
 
         return inside
 
     runs["prefill, exits"] = under(prefill)
     runs["decode, exits"] = under(lambda: decode(short_cache))
-    seconds = alternate(runs, REPEATS)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    medians = {name: seconds(laps) for name, laps in alternate(runs, REPEATS).items()}
     for name in ("decode, dense", "decode, exits"):
         medians[name] /= TOKENS
     record(
@@ -74,8 +72,8 @@ def main() -> None:
             "batch": BATCH,
             "mean_exit_layer": layers.double().mean().item(),
             "median_seconds": medians,
-            "prefill_ratio": ratio(seconds, "prefill, exits", "prefill, dense"),
-            "decode_ratio": ratio(seconds, "decode, exits", "decode, dense"),
+            "prefill_ratio": medians["prefill, exits"] / medians["prefill, dense"],
+            "decode_ratio": medians["decode, exits"] / medians["decode, dense"],
         },
     )
 

@@ -12,7 +12,7 @@ import argparse
 import statistics
 
 import torch
-from shapes import alternate, llava_shaped_decoder, prompt, ratio, record
+from shapes import alternate, llava_shaped_decoder, prompt, record, seconds, timed
 from torch.utils.flop_counter import FlopCounterMode
 
 import dyvte
@@ -62,7 +62,8 @@ def main() -> None:
         "dense": lambda: model(**inputs, use_cache=False, logits_to_keep=1),
         "trace": lambda: dyvte.trace_batch(model, inputs, visual_mask=visual),
     } | {f"original_{i}": (lambda i=i: original_step(model, inputs, visual, i)) for i in at}
-    seconds = alternate(runs, chosen.repeats, warmup=1)
+    laps = alternate({name: lambda run=run: timed(run) for name, run in runs.items()}, chosen.repeats, warmup=1)
+    took = {name: seconds(values) for name, values in laps.items()}
     eager = llava_shaped_decoder(chosen.width, attention="eager")  # torch's counter has no entry for CPU sdpa
     counted = {
         "dense": flops(lambda: eager(**inputs, use_cache=False, logits_to_keep=1)),
@@ -70,9 +71,9 @@ def main() -> None:
     } | {f"original_{i}": flops(lambda i=i: original_step(eager, inputs, visual, i)) for i in at}
     in_dense = {
         "trace_flops": counted["trace"] / counted["dense"],
-        "trace_time": ratio(seconds, "trace", "dense"),
+        "trace_time": took["trace"] / took["dense"],
         "original_step_flops": statistics.mean(counted[f"original_{i}"] for i in at) / counted["dense"],
-        "original_step_time": statistics.mean(ratio(seconds, f"original_{i}", "dense") for i in at),
+        "original_step_time": statistics.mean(took[f"original_{i}"] for i in at) / took["dense"],
     }
     labels = layers - 1  # exits that differ from the dense model
     record(
@@ -92,7 +93,7 @@ def main() -> None:
                 "same_flops": labels / in_dense["trace_flops"] * in_dense["original_step_flops"],
                 "same_time": labels / in_dense["trace_time"] * in_dense["original_step_time"],
             },
-            "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
+            "median_seconds": took,
         },
     )
 

@@ -25,6 +25,7 @@ class FitSettings:
         label_rule: see :func:`exit_labels`.
         epochs, batch_size, lr, weight_decay: AdamW with cosine decay over shuffled traces.
         dropout: of the text states.
+        lookahead: how many layers before an exit layer it is decided, see :class:`dyvte.ExitHeadsConfig`.
         validation: share of the traces that choose the epoch; they train nothing.
         guard: share of usual samples that the guard lets pass at each layer, see :class:`dyvte.ExitHeadsConfig`; None:
             no guard. The published form has none.
@@ -39,6 +40,7 @@ class FitSettings:
     lr: float = 2e-3
     weight_decay: float = 0.05
     dropout: float = 0.3
+    lookahead: int = 0
     validation: float = 0.15
     guard: float | None = 0.99
     seed: int = 0
@@ -65,7 +67,8 @@ def fit_heads(traces: TraceSet, settings: FitSettings | None = None, progress: b
         ValueError: too few traces, or labels that are all alike.
     """
     settings = settings or FitSettings()
-    labels = exit_labels(traces, settings.label_rule)[:, :-1].float()  # e = L is no exit: nothing to learn
+    decided = slice(settings.lookahead, -1)  # e = L is no exit: nothing to learn
+    labels = exit_labels(traces, settings.label_rule)[:, decided].float()
     if len(traces) < 20:
         raise ValueError(f"{len(traces)} traces are too few to train heads: trace at least some hundred samples")
     if labels.min() == labels.max():
@@ -91,6 +94,7 @@ def fit_heads(traces: TraceSet, settings: FitSettings | None = None, progress: b
                 base_revision=source.get("base_revision"),
                 label_rule=settings.label_rule,
                 min_layer=source.get("min_layer", 1),
+                lookahead=settings.lookahead,
                 guard=settings.guard if settings.form == "shared" else None,
             )
         )
@@ -102,12 +106,12 @@ def fit_heads(traces: TraceSet, settings: FitSettings | None = None, progress: b
             heads.train()
             for index in training[torch.randperm(len(training), generator=generator)].split(settings.batch_size):
                 state = F.dropout(traces.state[index].float(), settings.dropout)
-                loss = F.binary_cross_entropy_with_logits(heads(state)[:, :-1], labels[index])
+                loss = F.binary_cross_entropy_with_logits(heads(state)[:, decided], labels[index])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-            loss = log_loss(logits_of(heads, traces.state[validation])[:, :-1], labels[validation]).mean().item()
+            loss = log_loss(logits_of(heads, traces.state[validation])[:, decided], labels[validation]).mean().item()
             if loss < best_loss:
                 best, best_loss, best_epoch = {k: v.clone() for k, v in heads.state_dict().items()}, loss, epoch + 1
         heads.load_state_dict(best)
@@ -146,7 +150,7 @@ def probability_of(heads: ExitHeads, traces: TraceSet, batch_size: int = 512) ->
 @torch.no_grad()
 def features_of(heads: ExitHeads, state: torch.Tensor, batch_size: int = 512) -> torch.Tensor:
     """The heads' features, in which the guard measures distances: [n, L, 2d] -> [n, L, width]."""
-    return torch.cat([heads.heads.features(part.float(), slice(None)) for part in state.split(batch_size)])
+    return torch.cat([heads.features(part) for part in state.split(batch_size)])
 
 
 def log_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -155,19 +159,20 @@ def log_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def quality(heads: ExitHeads, traces: TraceSet, rule: str | None = None) -> dict[str, Any]:
-    """How well heads predict the labels of traces they were not trained on: per exit layer 1 ... L - 1, and the mean.
+    """How well heads predict the labels of traces they were not trained on: per exit layer they decide, and the mean.
 
     AUROC is left out (None) at layers where every label is the same.
     """
-    labels = exit_labels(traces, rule or heads.config.label_rule)[:, :-1]
-    logits = logits_of(heads, traces.state)[:, :-1]
+    decided = slice(heads.config.lookahead, -1)
+    labels = exit_labels(traces, rule or heads.config.label_rule)[:, decided]
+    logits = logits_of(heads, traces.state)[:, decided]
     layers: list[dict[str, Any]] = []
     for i, loss in enumerate(log_loss(logits, labels).tolist()):
         probability, label = logits[:, i].sigmoid(), labels[:, i].long()
         mixed = 0 < label.sum() < len(label)
         layers.append(
             {
-                "exit_layer": i + 1,
+                "exit_layer": decided.start + i + 1,
                 "positive": label.float().mean().item(),
                 "auroc": binary_auroc(probability, label).item() if mixed else None,
                 "log_loss": loss,

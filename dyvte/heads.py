@@ -20,6 +20,7 @@ from dyvte.version import __version__
 logger = logging.getLogger(__name__)
 
 FORMS = ("shared", "original")
+ALL = slice(None)
 LABEL_RULES = ("agreement", "original")
 TEXT_STATE = "mean of the text tokens after the last visual token but the last; last prompt token"
 ORIGINAL_KEY = "model.visual_gates_router.{layer}.{name}.weight"
@@ -55,6 +56,8 @@ class ExitHeadsConfig(PreTrainedConfig):
         label_rule: what "the visual tokens can leave" meant in training, see :func:`dyvte.fitting.exit_labels`.
         threshold: probability that must be exceeded to exit.
         min_layer: the smallest exit layer the base model allows (more than 1 where visual features enter later layers).
+        lookahead: exit layer e is decided from the text state after e - lookahead layers; 0 in the papers. With 1 the
+            decision travels to the host while the layer before the exit runs, so that a GPU never waits for it.
         guard: share of usual samples that the guard lets pass, at each layer by their text state and once by their
             image; None: there is no guard. What is unlike training does not exit, since no promise covers it.
         calibration: how the threshold was chosen, with the risk it keeps; empty if by no rule.
@@ -74,6 +77,7 @@ class ExitHeadsConfig(PreTrainedConfig):
     label_rule: str = "agreement"
     threshold: float = 0.5
     min_layer: int = 1
+    lookahead: int = 0
     guard: float | None = None
     calibration: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
@@ -97,6 +101,8 @@ class ExitHeadsConfig(PreTrainedConfig):
             )
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must lie in (0, 1], not {self.threshold}")
+        if not 0 <= self.lookahead < self.num_layers:
+            raise ValueError(f"lookahead must be 0 ... {self.num_layers - 1} layers, not {self.lookahead}")
         if self.guard is not None and not 0 < self.guard < 1:
             raise ValueError(f"guard must lie strictly between 0 and 1, or be None, not {self.guard}")
         for name in ("num_layers", "hidden_size", "width", "min_layer"):
@@ -125,7 +131,7 @@ class _SharedHead(nn.Module):
         # The two halves are normalised apart: a mean over tokens is shorter than the state of one token.
         halves = state.unflatten(-1, (2, self.size))
         normal = F.layer_norm(halves, (self.size,)).flatten(-2)
-        return self.project(normal * self.norm_weight[layers] + self.norm_bias[layers])
+        return self.project(torch.addcmul(self.norm_bias[layers], normal, self.norm_weight[layers]))
 
     def decide(self, features: torch.Tensor, layers: slice) -> torch.Tensor:
         return self.out(F.gelu(self.hidden(F.gelu(features + self.layer[layers])))).squeeze(-1)
@@ -194,7 +200,7 @@ class _Guard(nn.Module):
         features, visual = training
         for i in range(features.shape[1]):
             self.mean[i], self.whiten[i] = _whitening(features[:, i], features.shape[2])
-        self.radius.copy_(self._distance(held_out[0], slice(None)).quantile(quantile, 0))
+        self.radius.copy_(self._distance(held_out[0], ALL).quantile(quantile, 0))
         mean, whiten = _whitening(visual, len(self.image_whiten))
         self.image_mean.copy_(mean)
         self.image_whiten.copy_(whiten)
@@ -237,32 +243,42 @@ class ExitHeads(PreTrainedModel):
             state: [..., L, 2 * hidden_size], the text states after every layer.
 
         Returns:
-            float32 [..., L]; column e - 1 decides exit layer e. The last one means nothing: e = L is no exit.
+            float32 [..., L]; column e - 1 decides exit layer e. The last one means nothing: e = L is no exit. The
+            first ``lookahead`` ones are -inf: there is no state to decide them from.
         """
-        return self._logits(state, slice(None), guarded=False)
+        return self._logits(self.features(state))
 
     def guarded_logits(self, state: torch.Tensor) -> torch.Tensor:
         """Like :meth:`forward`, but -inf where the guard finds a text state unlike those of training."""
-        return self._logits(state, slice(None), guarded=True)
+        features = self.features(state)
+        logits = self._logits(features)
+        return logits if self.guard is None else logits.masked_fill(self.guard.unusual(features, ALL), -math.inf)
 
-    def _logits(self, state: torch.Tensor, layers: slice, guarded: bool) -> torch.Tensor:
-        features = self.heads.features(state.float(), layers)
-        logits = self.heads.decide(features, layers)
-        if guarded and self.guard is not None:
-            logits = logits.masked_fill(self.guard.unusual(features, layers), -math.inf)
-        return logits
+    def features(self, state: torch.Tensor) -> torch.Tensor:
+        """What the decisions are made from, and where the guard measures distances: [..., L, 2d] -> [..., L, width]."""
+        return self.heads.features(state.float().roll(self.config.lookahead, -2), ALL)
+
+    def _logits(self, features: torch.Tensor) -> torch.Tensor:
+        too_early = torch.arange(features.shape[-2], device=features.device) < self.config.lookahead
+        return self.heads.decide(features, ALL).masked_fill(too_early, -math.inf)
 
     def confident(self, state: torch.Tensor, layer: int, threshold: float) -> torch.Tensor:
         """Whether the probability exceeds ``threshold`` at exit layer ``layer``, and the guard finds nothing unusual.
 
         Args:
-            state: [n, 2 * hidden_size], the text states after ``layer`` layers.
+            state: [n, 2 * hidden_size], the text states after ``layer - lookahead`` layers.
 
         Returns:
             bool [n]
         """
         bar = math.inf if threshold == 1 else math.log(threshold) - math.log1p(-threshold)
-        return self._logits(state.to(self.device)[:, None], slice(layer - 1, layer), guarded=True).squeeze(1) > bar
+        one = slice(layer - 1, layer)
+        features = self.heads.features(state.to(self.device, torch.float32)[:, None], one)
+        confident = self.heads.decide(features, one) > bar
+        # On a CPU, where to look costs nothing, the guard is asked only when there is something to guard.
+        if self.guard is not None and (confident.device.type != "cpu" or confident.any()):
+            confident = confident & ~self.guard.unusual(features, one)
+        return confident.squeeze(1)
 
     def threshold_for(self, risk: float) -> float:
         """The threshold that changes at most ``risk`` of the answers, from the curve the calibration left.

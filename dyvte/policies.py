@@ -21,9 +21,12 @@ class ExitPolicy:
     Attributes:
         earliest: the smallest exit layer it insists on, if it does; a model that cannot leave so early is then
             refused. Other policies start at the smallest exit layer that the model allows.
+        lookahead: how many layers before an exit layer it is asked about it. On a GPU the host waits for every answer;
+            with 1 or more it waits while a layer runs, and the device never does.
     """
 
     earliest: int | None = None
+    lookahead: int = 0
 
     def check(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
         """Raises ``ValueError`` if the policy does not fit a decoder of this depth and width."""
@@ -48,10 +51,10 @@ class ExitPolicy:
         return None
 
     def leaves(self, layer: int, state: torch.Tensor) -> torch.Tensor:
-        """Whether the samples leave at exit layer ``layer``, given their text state after as many layers.
+        """Whether the samples leave at exit layer ``layer``, given their text state ``lookahead`` layers before it.
 
         Args:
-            layer: the exit layer under decision, 1 ... L - 1.
+            layer: the exit layer under decision, 1 + ``lookahead`` ... L - 1.
             state: float32 [n, 2 * hidden size]; only samples that have not left yet.
 
         Returns:
@@ -154,6 +157,7 @@ class LearnedExit(ExitPolicy):
         if isinstance(min_layer, bool) or not isinstance(min_layer, int) or min_layer < 1:
             raise ValueError(f"min_layer must be an exit layer, 1 or more, not {min_layer}")
         self.heads, self.threshold, self.min_layer = heads.eval(), float(threshold), min_layer
+        self.lookahead = heads.config.lookahead
 
     def check(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
         self.heads.check_fits(num_layers, hidden_size, name_or_path)
@@ -165,10 +169,13 @@ class LearnedExit(ExitPolicy):
 
     @torch.no_grad()
     def admits(self, visual: torch.Tensor) -> torch.Tensor | None:
-        return self.heads.to(visual.device).usual_images(visual)
+        return self._heads_on(visual.device).usual_images(visual)
 
     @torch.no_grad()
     def leaves(self, layer: int, state: torch.Tensor) -> torch.Tensor:
         if layer < self.min_layer:
             return torch.zeros(len(state), dtype=torch.bool, device=state.device)
-        return self.heads.to(state.device).confident(state, layer, self.threshold)
+        return self._heads_on(state.device).confident(state, layer, self.threshold)
+
+    def _heads_on(self, device: torch.device) -> ExitHeads:
+        return self.heads if self.heads.device == device else self.heads.to(device)

@@ -319,7 +319,8 @@ class PrunedModel(VisualExit):
     def _part_pruned(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Lets pruned samples leave: the exit reads and keeps text only, so the rows are put back in place for it."""
         run = self._pass
-        if index < self.min_layer or (run.planned is not None and bool((run.planned[run.main.rows] > index).all())):
+        earliest = self.min_layer - self.policy.lookahead
+        if index < earliest or (run.planned is not None and bool((run.planned[run.main.rows] > index).all())):
             return hidden
         group, columns = run.main, run.main.columns
         full = hidden.new_zeros(len(hidden), run.length, hidden.shape[-1])

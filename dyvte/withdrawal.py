@@ -34,6 +34,7 @@ from dyvte.tokens import (
     Columns,
     Prompt,
     SplicedVisualMask,
+    TextReader,
     find_decoder,
     smallest_exit,
     underlying_model,
@@ -90,6 +91,34 @@ class _Group:
     def __init__(self, rows: torch.Tensor, columns: Columns | None, hidden: torch.Tensor | None = None):
         self.rows, self.columns, self.hidden = rows, columns, hidden
         self.cache = DynamicCache()
+        self.asked: torch.Tensor | None = None
+        self.reader: TextReader | None = None
+
+    def state(self, hidden: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+        """The text states of those rows that can leave, which are ``asked``."""
+        if self.reader is None:
+            places = prompt.can_leave[self.rows].nonzero().flatten()
+            self.asked = self.rows[places]
+            tail = prompt.tail.rows(self.asked.to(prompt.tail.index.device))
+            self.reader = TextReader(tail, places.to(tail.index.device))
+        return self.reader(hidden)
+
+
+class _Verdict:
+    """What a policy said about some rows, on its way to the host while the device goes on working."""
+
+    def __init__(self, rows: torch.Tensor, leaves: torch.Tensor):
+        self.rows, self.leaves = rows, leaves.to("cpu", non_blocking=True)
+        self.arrived: torch.Event | None = None
+        if leaves.device.type != "cpu":
+            self.arrived = torch.Event(leaves.device)
+            self.arrived.record()
+
+    def leaving(self) -> torch.Tensor:
+        """The rows that leave; waits for what was queued up to the question, and for nothing after it."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.rows[self.leaves]
 
 
 class _PromptPass:
@@ -107,6 +136,7 @@ class _PromptPass:
         self.planned: torch.Tensor | None = None
         self.main = _Group(torch.arange(self.batch), None)
         self.side: _Group | None = None
+        self.verdicts: dict[int, _Verdict] = {}
         self.masks: dict[tuple, Any] = {}
         self.columns: Columns | None = None
         self._held: dict[tuple, Columns] = {}
@@ -398,8 +428,7 @@ class VisualExit:
         if run.planned is None:
             admitted = self.policy.admits(run.prompt.visual_state(hidden))
             if admitted is not None:
-                can_leave = run.prompt.can_leave & admitted.cpu()
-                run.prompt = dataclasses.replace(run.prompt, can_leave=can_leave)
+                run.prompt = dataclasses.replace(run.prompt, can_leave=run.prompt.can_leave & admitted.cpu())
         else:
             planned = run.planned
             whole = isinstance(planned, torch.Tensor) and not planned.is_floating_point() and planned.shape == (batch,)
@@ -487,7 +516,7 @@ class VisualExit:
     ) -> tuple[torch.Tensor, dict[str, Any]] | None:
         """Lets samples leave before layer ``index``, and runs the layer for those that left while others stay."""
         run = self._pass
-        if run.main.columns is None and index >= self.min_layer:
+        if run.main.columns is None and index >= self.min_layer - self.policy.lookahead:
             hidden = self._part(index, hidden, run)
         held = run.held(index)
         if run.main.columns is None and run.side is None:
@@ -539,17 +568,11 @@ class VisualExit:
         if run.planned is not None:
             leaving = run.planned[rows] <= index
         else:
-            asked = run.prompt.can_leave[rows]
-            leaving = torch.zeros(len(rows), dtype=torch.bool)
-            if asked.any():
-                which = rows if asked.all() else rows[asked]
-                state = hidden if asked.all() else hidden[asked.to(hidden.device)]
-                leaves = self.policy.leaves(index, run.prompt.text_state(state, which.to(hidden.device)))
-                if not isinstance(leaves, torch.Tensor) or leaves.dtype != torch.bool or leaves.shape != which.shape:
-                    raise ValueError(
-                        f"{type(self.policy).__name__}.leaves() must return bool [{len(which)}], one per state given"
-                    )
-                leaving[asked] = leaves.cpu()
+            self._ask(index + self.policy.lookahead, hidden, run)
+            gone = run.verdicts.pop(index).leaving() if index in run.verdicts else rows[:0]
+            if len(gone) == 0:
+                return hidden
+            leaving = torch.isin(rows, gone)
         if not leaving.any():
             return hidden
         run.exits[rows[leaving]] = index
@@ -569,6 +592,18 @@ class VisualExit:
         run.main, run.side = _Group(gone[order], run.columns), None
         run.masks = {}
         return compact[order.to(compact.device)]
+
+    def _ask(self, layer: int, hidden: torch.Tensor, run: _PromptPass) -> None:
+        """Asks the policy about an exit layer, this one or one further on."""
+        if not self.min_layer <= layer < self.num_layers or not run.prompt.can_leave[run.main.rows].any():
+            return
+        state = run.main.state(hidden, run.prompt)
+        leaves = self.policy.leaves(layer, state)
+        if not isinstance(leaves, torch.Tensor) or leaves.dtype != torch.bool or leaves.shape != state.shape[:1]:
+            raise ValueError(
+                f"{type(self.policy).__name__}.leaves() must return bool [{len(state)}], one per state given"
+            )
+        run.verdicts[layer] = _Verdict(run.main.asked, leaves)
 
     def _arguments(
         self, index: int, group: _Group, hidden: torch.Tensor, kwargs: dict[str, Any], run: _PromptPass

@@ -184,6 +184,18 @@ def test_the_guard_keeps_unusual_samples_dense(tmp_path):
     assert leaves.tolist() == (guarded[:, 2] > 1e-6).tolist()
 
 
+def test_heads_that_look_ahead_keep_the_promise():
+    traces, held_out, test = made_up_traces(), made_up_traces(2000, seed=3), made_up_traces(2000, seed=7)
+    heads = fit_heads(traces, FitSettings(epochs=10, width=16, lookahead=1, guard=0.99), progress=False)
+    found = quality(heads, test)
+    assert [row["exit_layer"] for row in found["layers"]] == list(range(2, LAYERS))
+    assert 0.65 < found["mean"]["auroc"] < 0.75  # the state a layer earlier tells less: 0.69 at best
+    calibrate(heads, held_out, alpha=0.1)
+    exits = exits_at(probability_of(heads, test), heads.config.threshold)
+    assert 2 <= exits.min() and exits.min() < LAYERS
+    assert disagreement(test.agreement >= 1, exits).float().mean() < 0.12
+
+
 def test_too_few_samples_for_the_promise():
     heads = fit_heads(made_up_traces(), FitSettings(epochs=2), progress=False)
     with pytest.raises(ValueError, match="at least 230 held-out samples"):

@@ -58,6 +58,18 @@ def test_one_layer_decides_as_all_layers_do(form):
         assert not heads.confident(state[:, layer - 1], layer, 1.0).any()
 
 
+@pytest.mark.parametrize("form", ["shared", "original"])
+def test_looking_ahead_reads_an_earlier_state(form):
+    """Exit layer e is decided by its own head, from the state after e - lookahead layers."""
+    plain, ahead, state = some_heads(form), some_heads(form, lookahead=2), torch.randn(4, LAYERS, 2 * SIZE)
+    earlier = torch.cat([torch.zeros(4, 2, 2 * SIZE), state[:, :-2]], 1)
+    logits, expected = ahead(state), plain(earlier)
+    assert (logits[:, :2] == -math.inf).all()
+    torch.testing.assert_close(logits[:, 2:], expected[:, 2:])
+    for layer in range(3, LAYERS + 1):
+        assert torch.equal(ahead.confident(state[:, layer - 3], layer, 0.5), logits[:, layer - 1] > 0)
+
+
 def test_small_at_the_shape_of_a_7b_model():
     heads = ExitHeads(ExitHeadsConfig(num_layers=32, hidden_size=4096))
     assert sum(p.numel() for p in heads.parameters()) <= 4_000_000
@@ -115,6 +127,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, match):
         ({"text_state": "last token"}, "another text state"),
         ({"threshold": 0.0}, "threshold must lie"),
         ({"width": 0}, "width must be"),
+        ({"lookahead": 2}, "lookahead must be 0 ... 1"),
     ],
 )
 def test_bad_configs(settings, match):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import LAYERS, batch_of, prompt, tiny_llava
+from models import LAYERS, batch_of, prompt, tiny_llama, tiny_llava
 
 import dyvte
 
 PROMPTS = [prompt(3, 5, seed=1), prompt(1, 9, seed=2), prompt(6, 1, seed=3), prompt(2, 4, seed=4), prompt(4, 4, seed=5)]
 
 
-def heads_for(model, inputs, form):
+def heads_for(model, inputs, form, **more):
     """Random heads whose threshold makes the samples leave at different layers."""
     torch.manual_seed(3)
-    config = dyvte.ExitHeadsConfig(num_layers=LAYERS, hidden_size=32, width=8, form=form)
+    config = dyvte.ExitHeadsConfig(num_layers=LAYERS, hidden_size=32, width=8, form=form, **more)
     heads = dyvte.ExitHeads(config).eval()
     with torch.no_grad():
         for parameter in heads.parameters():
@@ -23,20 +23,21 @@ def heads_for(model, inputs, form):
             heads.heads.layer.zero_()  # or the layer alone would decide
             heads.heads.norm_bias.zero_()
             heads.heads.norm_weight.fill_(1)
-        logits = heads(dyvte.trace_batch(model, inputs).state)[:, :-1]
+        logits = heads(dyvte.trace_batch(model, inputs).state)[:, heads.config.lookahead : -1]
     heads.config.threshold = logits.flatten().quantile(0.8).sigmoid().item()
     return heads
 
 
 @pytest.mark.parametrize("form", ["shared", "original"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_exits_follow_the_heads(form, attention):
+@pytest.mark.parametrize(("attention", "lookahead"), [("eager", 0), ("sdpa", 0), ("sdpa", 1)])
+def test_exits_follow_the_heads(form, attention, lookahead):
     model, inputs = tiny_llava(attention), batch_of(*PROMPTS)
-    heads = heads_for(model, inputs, form)
+    heads = heads_for(model, inputs, form, lookahead=lookahead)
     probability = heads(dyvte.trace_batch(model, inputs).state).sigmoid()
     over = probability[:, :-1] > heads.config.threshold
     expected = torch.where(over.any(1), over.int().argmax(1) + 1, LAYERS)
     assert len(set(expected.tolist())) > 2, "the samples should leave at different layers"
+    assert expected.min() > lookahead
     with torch.no_grad(), dyvte.visual_exit(model, dyvte.LearnedExit(heads)) as exits:
         learned = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert exits.layers.tolist() == expected.tolist()
@@ -113,3 +114,66 @@ def test_samples_with_unusual_images_stay():
         model(**inputs)
     assert exits.layers.tolist() == [LAYERS, LAYERS, everyone[2].item(), LAYERS, LAYERS]
     assert everyone.min() < LAYERS and everyone[2] < LAYERS
+
+
+def test_looking_ahead_reaches_back_before_the_first_exit_a_model_allows():
+    """A model that cannot exit before layer 3 is asked about layer 3 after 2 layers already."""
+    asked = []
+
+    class Eager(dyvte.ExitPolicy):
+        lookahead = 1
+
+        def leaves(self, layer, state):
+            asked.append(layer)
+            return torch.ones(len(state), dtype=torch.bool)
+
+    model, inputs = tiny_llava(), batch_of(*PROMPTS)
+    handle = dyvte.attach(model, Eager())
+    handle.min_layer = 3
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        handle.detach()
+    assert asked[0] == 3 and handle.layers.tolist() == [3] * 5
+
+
+class OnDevice(torch.Tensor):
+    """Stands for a tensor on an accelerator: notes what makes the host wait for a value computed there."""
+
+    waits: list[str] = []
+    READS = {"cpu", "item", "tolist", "numpy", "nonzero", "equal", "allclose", "__bool__", "__int__", "__float__"}
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name, kwargs = func.__name__, kwargs or {}
+        masked = name in ("__getitem__", "__setitem__") and any(
+            isinstance(part, OnDevice) and part.dtype == torch.bool
+            for part in (args[1] if isinstance(args[1], tuple) else args[1:2])
+        )
+        copied = name == "to" and args[1:2] == ("cpu",)
+        if name in cls.READS or masked or copied:
+            cls.waits.append(name + (" later" if kwargs.get("non_blocking") else ""))
+        result = super().__torch_function__(func, types, args, kwargs)
+        return result.as_subclass(torch.Tensor) if copied or name in ("cpu", "nonzero") else result
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_the_host_waits_for_nothing_but_the_decisions(lookahead):
+    """One copy a layer, not blocking. Heads without a guard: on the CPU that this runs on, it would be asked late."""
+    model, width = tiny_llama(), 32
+    config = dyvte.ExitHeadsConfig(num_layers=LAYERS, hidden_size=width, threshold=0.999, lookahead=lookahead)
+    policy = dyvte.LearnedExit(dyvte.ExitHeads(config))
+    visual = torch.zeros(3, 12, dtype=torch.bool)
+    visual[:, 2:8] = True
+    embeds = torch.randn(3, 12, width).as_subclass(OnDevice)
+    OnDevice.waits = []
+    with torch.no_grad():
+        model(inputs_embeds=embeds)
+        of_the_model = list(OnDevice.waits)
+        OnDevice.waits = []
+        with dyvte.visual_exit(model, policy, visual_mask=visual) as exits:
+            model(inputs_embeds=embeds)
+    assert exits.layers.tolist() == [LAYERS] * 3
+    assert of_the_model == []
+    assert OnDevice.waits == ["to later"] * (LAYERS - 1 - lookahead)
