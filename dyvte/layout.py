@@ -136,6 +136,12 @@ class WithdrawnLayer(DynamicLayer):
         """
         new = hidden.shape[1]
         padding = self.padding_mask(attention_mask, new)
+        kind = config._attn_implementation
+        if new == 1 and window is None and self.columns.ragged and kind in ("sdpa", "eager"):
+            # A single token sees all that is held. The general way would ask the device whether anything is padding,
+            # once for every set of columns, at every step.
+            allowed = padding[:, None, None, :].to(hidden.device)
+            return allowed if kind == "sdpa" else _additive(allowed, hidden.dtype)
         in_window = None
         if window is not None:
             position = self.positions(new).to(hidden.device)
@@ -206,9 +212,12 @@ def continued_mask(
     allowed = torch.cat([earlier, recent & valid[:, None, :]], 2)[:, None]
     if mask is None or mask.dtype == torch.bool:
         return allowed
-    return torch.zeros(allowed.shape, dtype=mask.dtype, device=device).masked_fill(
-        ~allowed, torch.finfo(mask.dtype).min
-    )
+    return _additive(allowed, mask.dtype)
+
+
+def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask as one that is added to attention scores."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def compact_mask(mask: Mask, columns: Columns, config: PreTrainedConfig, hidden: torch.Tensor) -> Mask:

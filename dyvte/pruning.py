@@ -313,7 +313,7 @@ class PrunedModel(VisualExit):
         run = self._pass
         rows = run.main.rows.to(self._keep.device)
         run.main.columns = self._pruned = Columns.of(self._keep[rows])
-        run.masks = {}
+        run.made = {}
         return run.main.columns.take(hidden)
 
     def _part_pruned(self, index: int, hidden: torch.Tensor) -> torch.Tensor:

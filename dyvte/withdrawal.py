@@ -91,8 +91,15 @@ class _Group:
     def __init__(self, rows: torch.Tensor, columns: Columns | None, hidden: torch.Tensor | None = None):
         self.rows, self.columns, self.hidden = rows, columns, hidden
         self.cache = DynamicCache()
+        self._on: dict[torch.device, torch.Tensor] = {}
         self.asked: torch.Tensor | None = None
         self.reader: TextReader | None = None
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The rows, there; brought once, since every copy from the host makes a GPU's queue run dry."""
+        if device not in self._on:
+            self._on[device] = self.rows.to(device)
+        return self._on[device]
 
     def state(self, hidden: torch.Tensor, prompt: Prompt) -> torch.Tensor:
         """The text states of those rows that can leave, which are ``asked``."""
@@ -137,9 +144,16 @@ class _PromptPass:
         self.main = _Group(torch.arange(self.batch), None)
         self.side: _Group | None = None
         self.verdicts: dict[int, _Verdict] = {}
-        self.masks: dict[tuple, Any] = {}
+        self.made: dict[tuple, Any] = {}
         self.columns: Columns | None = None
         self._held: dict[tuple, Columns] = {}
+
+    def once(self, make: Callable[[], Any], what: Any, *of: Any) -> Any:
+        """``make()``, or what it gave before for the same objects; both are kept until groups change."""
+        key = (what, *map(id, of))
+        if key not in self.made:
+            self.made[key] = make(), of
+        return self.made[key][0]
 
     def held(self, index: int) -> Columns | None:
         """What the model's cache holds of the turns before at layer ``index``; None at a first turn."""
@@ -155,7 +169,7 @@ class _PromptPass:
         """The columns of this turn that a group goes on with."""
         if group.columns is not None:
             return group.columns
-        rows = group.rows.to(self.valid.device)
+        rows = group.on(self.valid.device)
         valid = (self.prompt.text | self.prompt.visual)[rows]
         return Columns(torch.arange(self.length, device=valid.device).expand_as(valid), valid, ragged=True)
 
@@ -164,7 +178,7 @@ class _PromptPass:
         new = self.new(group)
         if held is None:
             return new
-        rows = group.rows.to(held.index.device)
+        rows = group.on(held.index.device)
         index = torch.cat([held.index[rows], self.past + new.index], 1)
         return Columns(index, torch.cat([held.valid[rows], new.valid], 1), held.ragged or new.ragged)
 
@@ -398,7 +412,7 @@ class VisualExit:
         for group in (run.main, run.side):
             if group is None:
                 continue
-            rows = group.rows.to(full.device)
+            rows = group.on(full.device)
             if group.columns is None:
                 full[rows] = group.hidden
             else:
@@ -547,14 +561,12 @@ class VisualExit:
         """Puts into ``cache`` a layer for a group, with what the model's cache holds of its rows from earlier turns."""
         if run.cache is None or (held is None and cache is not run.cache):
             return
-        key = ("kept", id(group), id(held))
-        if key not in run.masks:
-            run.masks[key] = run.kept(group, held)
-        layer = WithdrawnLayer(run.masks[key], run.past + run.length)
+        columns = run.once(lambda: run.kept(group, held), "kept", group, held)
+        layer = WithdrawnLayer(columns, run.past + run.length)
         if held is not None:
             before = run.cache.layers[index]
             layer.lazy_initialization(before.keys, before.values)
-            rows = group.rows.to(before.keys.device)
+            rows = group.on(before.keys.device)
             whole = len(rows) == run.batch
             layer.keys = before.keys if whole else before.keys[rows]
             layer.values = before.values if whole else before.values[rows]
@@ -585,12 +597,12 @@ class VisualExit:
         if len(stay) > 0:
             run.side = _Group(gone, run.columns.rows(gone.to(run.columns.index.device)), compact)
             run.main = _Group(stay, None)
-            run.masks = {}
+            run.made = {}
             return hidden[(~leaving).to(hidden.device)]
         # Everybody has left: the short rows are all there is, in the order of the batch.
         order = gone.argsort()
         run.main, run.side = _Group(gone[order], run.columns), None
-        run.masks = {}
+        run.made = {}
         return compact[order.to(compact.device)]
 
     def _ask(self, layer: int, hidden: torch.Tensor, run: _PromptPass) -> None:
@@ -608,26 +620,29 @@ class VisualExit:
     def _arguments(
         self, index: int, group: _Group, hidden: torch.Tensor, kwargs: dict[str, Any], run: _PromptPass
     ) -> dict[str, Any]:
-        arguments = {k: v for k, v in kwargs.items() if k not in ("attention_mask", "past_key_values")}
-        mask = kwargs.get("attention_mask")
-        if len(group.rows) < run.batch:
-            arguments = select_rows(arguments, group.rows, run.batch)
-        held = run.held(index)
-        key = (id(mask), id(group), id(held), self.windows[index])
-        if key not in run.masks:
-            selected = select_rows(mask, group.rows, run.batch) if len(group.rows) < run.batch else mask
+        """What the layer is given for a group: its rows and columns of everything, its mask, its cache."""
+        given = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "attention_mask", "past_key_values")}
+        mask, held, window = kwargs.get("attention_mask"), run.held(index), self.windows[index]
+        some = len(group.rows) < run.batch
+
+        def fit() -> dict[str, Any]:
+            selected = select_rows(given, group.rows, run.batch) if some else given
+            return selected if group.columns is None else compact_arguments(selected, group.columns, run.length)
+
+        def fit_mask() -> Any:
+            selected = select_rows(mask, group.rows, run.batch) if some else mask
             if held is not None:
-                before = held.rows(group.rows.to(held.index.device))
-                selected = continued_mask(selected, run.new(group), before, run.past, self.windows[index], self.config)
-            elif group.columns is not None:
-                like = hidden if group.hidden is None else group.hidden
-                selected = compact_mask(selected, group.columns, self.config, like)
-            run.masks[key] = selected
-        if group.columns is not None:
-            arguments = compact_arguments(arguments, group.columns, run.length)
+                before = held.rows(group.on(held.index.device))
+                return continued_mask(selected, run.new(group), before, run.past, window, self.config)
+            if group.columns is None:
+                return selected
+            return compact_mask(selected, group.columns, self.config, hidden if group.hidden is None else group.hidden)
+
+        arguments = run.once(fit, tuple(given), group, *given.values())
+        arguments = arguments | {"attention_mask": run.once(fit_mask, ("mask", window), mask, group, held)}
         if "past_key_values" in kwargs:
             arguments["past_key_values"] = None if run.cache is None else group.cache
-        return arguments | {"attention_mask": run.masks[key]}
+        return arguments
 
     @staticmethod
     def _put_layer(cache: Cache, index: int, layer: DynamicLayer) -> None:
@@ -649,7 +664,7 @@ class VisualExit:
             together = part.new_zeros(run.batch, part.shape[1], width, part.shape[3])
             for group, layer in zip(groups, filled):
                 part = getattr(layer, name)
-                together[group.rows.to(part.device), :, width - part.shape[2] :] = part.to(together.device)
+                together[group.on(part.device), :, width - part.shape[2] :] = part.to(together.device)
             setattr(merged, name, together)
         merged.expected = False
         self._put_layer(run.cache, index, merged)
@@ -659,17 +674,18 @@ class VisualExit:
     @staticmethod
     def _merged_columns(index: int, run: _PromptPass) -> Columns:
         held = run.held(index)
-        key = ("merged", id(run.side), id(held))
-        if key not in run.masks:
-            parts = [(group.rows.to(run.valid.device), run.kept(group, held)) for group in (run.main, run.side)]
+
+        def merge() -> Columns:
+            parts = [(group.on(run.valid.device), run.kept(group, held)) for group in (run.main, run.side)]
             width = max(columns.index.shape[1] for _, columns in parts)
             places = torch.zeros(run.batch, width, dtype=torch.long, device=run.valid.device)
             valid = torch.zeros_like(places, dtype=torch.bool)
             for rows, columns in parts:
                 start = width - columns.index.shape[1]
                 places[rows, start:], valid[rows, start:] = columns.index, columns.valid
-            run.masks[key] = Columns(places, valid, ragged=True)
-        return run.masks[key]
+            return Columns(places, valid, ragged=True)
+
+        return run.once(merge, "merged", run.side, held)
 
     def _while_decoding(
         self, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]
