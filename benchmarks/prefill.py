@@ -5,11 +5,13 @@ Measured in one run, in turn: dense (SDPA), exits known in advance at L/4, L/2 a
 and the way of the original: eager attention that returns its maps at every layer, rows sliced off at the exit.
 
     python benchmarks/prefill.py
+    python benchmarks/prefill.py --width 4096 --batches 1 8 --visual 576 2880 --lookahead 1    # on a GPU, in bfloat16
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 import matplotlib
 import torch
@@ -24,11 +26,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-def heads_that_leave_at(model: LlamaForCausalLM, layer: int) -> dyvte.ExitHeads:
+def heads_that_leave_at(model: LlamaForCausalLM, layer: int, lookahead: int = 0) -> dyvte.ExitHeads:
     """Heads of full cost, guard included, whose layer embedding alone decides: from ``layer`` on, yes."""
-    config = model.config
+    layers, width = model.config.num_hidden_layers, model.config.hidden_size
     heads = dyvte.ExitHeads(
-        dyvte.ExitHeadsConfig(num_layers=config.num_hidden_layers, hidden_size=config.hidden_size, guard=0.99)
+        dyvte.ExitHeadsConfig(num_layers=layers, hidden_size=width, guard=0.99, lookahead=lookahead)
     )
     inner = heads.heads
     with torch.no_grad():
@@ -83,16 +85,18 @@ def flops_of(model, inputs, visual, exits) -> int:
     return counter.get_total_flops()
 
 
-def single(model: LlamaForCausalLM, eager: LlamaForCausalLM, batch: int, repeats: int) -> dict:
+def single(
+    model: LlamaForCausalLM, eager: LlamaForCausalLM, batch: int, tokens: int, repeats: int, lookahead: int = 0
+) -> dict:
     """Dense, fixed and learned exits at a quarter, half and three quarters of the depth; the original way."""
     layers = model.config.num_hidden_layers
-    inputs, visual = prompt(model, batch)
+    inputs, visual = prompt(model, batch, visual=tokens)
     text = int((~visual[0]).sum())
     points = (layers // 4, layers // 2, 3 * layers // 4)
     runs = {"dense": lambda: timed_by_layer(model, lambda: model(**inputs, logits_to_keep=1))}
     for e in points:
         runs[f"fixed_{e}"] = run_under(model, inputs, visual, dyvte.FixedExit(e))
-        policy = dyvte.LearnedExit(heads_that_leave_at(model, e))
+        policy = dyvte.LearnedExit(heads_that_leave_at(model, e, lookahead))
         runs[f"learned_{e}"] = run_under(model, inputs, visual, policy)
         runs[f"original_{e}"] = lambda e=e: timed_by_layer(eager, lambda: original_way(eager, inputs, visual, e))
     took = {name: seconds(laps) for name, laps in alternate(runs, repeats, warmup=1).items()}
@@ -112,7 +116,7 @@ def single(model: LlamaForCausalLM, eager: LlamaForCausalLM, batch: int, repeats
                 "learned_saved_time": 1 - took[f"learned_{e}"] / took["dense"],
             }
         )
-    return {"batch": batch, "rows": rows, "dense_seconds": took["dense"]}
+    return {"batch": batch, "visual_tokens": tokens, "rows": rows, "dense_seconds": took["dense"]}
 
 
 def mixed(model: LlamaForCausalLM, eager: LlamaForCausalLM, repeats: int) -> dict:
@@ -140,44 +144,50 @@ def mixed(model: LlamaForCausalLM, eager: LlamaForCausalLM, repeats: int) -> dic
     }
 
 
-def draw(result: dict) -> None:
+def draw(result: dict, name: str) -> None:
     figure, axis = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
-    for case, colour in zip(result["single"], ("#0072b2", "#d55e00")):
+    for case, colour in zip(result["single"], ("#0072b2", "#d55e00", "#009e73", "#cc79a7")):
         flops = [100 * row["flops_saved"] for row in case["rows"]]
-        axis.plot(
-            flops, [100 * r["time_saved"] for r in case["rows"]], "o-", color=colour, label=f"batch {case['batch']}"
-        )
+        label = f"batch {case['batch']}, {case['visual_tokens']} visual tokens"
+        axis.plot(flops, [100 * row["time_saved"] for row in case["rows"]], "o-", color=colour, label=label)
         learned = [100 * row["learned_saved_time"] for row in case["rows"]]
-        axis.plot(flops, learned, "x", color=colour, label=f"batch {case['batch']}, heads deciding")
+        axis.plot(flops, learned, "x", color=colour, label="the same, heads deciding")
     axis.plot([0, 100], [0, 100], color="#999999", linewidth=1, linestyle=":")
     axis.set(xlim=(0, 80), ylim=(0, 80), xlabel="prefill FLOPs saved, %", ylabel="prefill time saved, %")
     axis.legend(fontsize=8)
-    figure.savefig(RESULTS / "prefill.png", dpi=130)
+    figure.savefig(RESULTS / f"{name}.png", dpi=130)
 
 
 @torch.no_grad()
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--width", type=int, default=512)
-    options.add_argument(
-        "--repeats", type=int, default=31, help="rounds at batch 1; larger batches, less noisy, get fewer"
-    )
     options.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    options.add_argument("--visual", type=int, nargs="+", default=[576], help="visual tokens of a prompt")
+    options.add_argument("--lookahead", type=int, default=0, help="layers between a decision and its exit")
+    options.add_argument("--repeats", type=int, default=31, help="rounds at batch 1; larger batches, less noisy, fewer")
     chosen = options.parse_args()
-    if not torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    if not cuda:
         torch.set_num_threads(1)
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    dtype = torch.bfloat16 if cuda else torch.float32
     model = llava_shaped_decoder(chosen.width, dtype=dtype)
     eager = llava_shaped_decoder(chosen.width, attention="eager", dtype=dtype)
+    eager.load_state_dict(model.state_dict(), assign=True)  # one set of weights
+    cases = [(batch, tokens) for tokens in chosen.visual for batch in chosen.batches]
     result = {
-        "command": f"python benchmarks/prefill.py --width {chosen.width} --repeats {chosen.repeats} "
-        f"--batches {' '.join(map(str, chosen.batches))}",
-        "decoder": f"32 layers, width {chosen.width}, 576 visual + 60 text tokens",
-        "single": [single(model, eager, batch, max(chosen.repeats // batch, 7)) for batch in chosen.batches],
+        "command": " ".join(["python benchmarks/prefill.py", *sys.argv[1:]]),
+        "decoder": f"32 layers, width {chosen.width}, 60 text tokens beside the visual ones, {dtype}",
+        "lookahead": chosen.lookahead,
+        "single": [
+            single(model, eager, batch, tokens, max(chosen.repeats // batch, 7), chosen.lookahead)
+            for batch, tokens in cases
+        ],
         "mixed": mixed(model, eager, 7),
     }
-    record("prefill", result)
-    draw(result)
+    name = "prefill_gpu" if cuda else "prefill"
+    record(name, result)
+    draw(result, name)
 
 
 if __name__ == "__main__":

@@ -94,10 +94,7 @@ class WithdrawnLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        moved = self.columns.rows(beam_idx.to(self.columns.index.device))
-        # Beams of one sample mostly share its exit: then nothing moves, and layers go on sharing columns and masks.
-        if not (torch.equal(moved.index, self.columns.index) and torch.equal(moved.valid, self.columns.valid)):
-            self.columns = moved
+        self.columns = self.columns.reordered(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -149,6 +149,7 @@ class Columns:
     index: torch.Tensor
     valid: torch.Tensor
     ragged: bool
+    _reordered: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, keep: torch.Tensor) -> Columns:
@@ -161,6 +162,12 @@ class Columns:
     def rows(self, rows: torch.Tensor) -> Columns:
         """The same columns for some rows of the batch."""
         return Columns(self.index[rows], self.valid[rows], self.ragged)
+
+    def reordered(self, order: torch.Tensor) -> Columns:
+        """Like :meth:`rows`; the same object for the same ``order``, so that layers go on sharing their columns."""
+        if not self._reordered or self._reordered[0] is not order:
+            self._reordered[:] = order, self.rows(order.to(self.index.device))
+        return self._reordered[1]
 
     def take(self, grid: torch.Tensor) -> torch.Tensor:
         """[batch or 1, sequence, ...] -> [batch, width, ...]."""
@@ -210,7 +217,8 @@ class Prompt:
     @functools.cached_property
     def reader(self) -> TextReader:
         """Reads the text states of the whole batch."""
-        return TextReader(self.tail, torch.arange(len(self.visual), device=self.visual.device))
+        batch, length = self.visual.shape
+        return TextReader(self.tail, torch.arange(batch, device=self.visual.device), batch, length)
 
     def text_state(self, hidden: torch.Tensor) -> torch.Tensor:
         """The text states of the whole batch, see :class:`TextReader`."""
@@ -227,9 +235,10 @@ class TextReader:
     Args:
         tail: see :class:`Prompt`, for the samples to read.
         row: long [n], the row of the hidden states that each of them is in.
+        batch, length: of the hidden states.
     """
 
-    def __init__(self, tail: Columns, row: torch.Tensor):
+    def __init__(self, tail: Columns, row: torch.Tensor, batch: int, length: int):
         index, valid = tail.index, tail.valid
         # Places that hold nothing look at the last token, with no weight.
         self.place = torch.where(valid, index, index[:, -1:])
@@ -239,12 +248,17 @@ class TextReader:
         count = rest.sum(1, keepdim=True)
         mean = torch.where(count > 0, rest / count.clamp(min=1), last)
         self.weights = torch.stack([mean, last], 1)
+        # Where the same number of tokens ends every sequence, as in a batch of one, they are a view and not a copy.
+        end = torch.arange(length - index.shape[1], length, device=index.device)
+        whole = len(row) == batch and bool((row == torch.arange(batch, device=row.device)).all())
+        self.at_end = whole and bool((valid & (index == end)).all())
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """[batch, sequence, d] -> float32 [n, 2 * d]"""
         if self.weights.device != hidden.device:
             self.place, self.row, self.weights = (t.to(hidden.device) for t in (self.place, self.row, self.weights))
-        return torch.bmm(self.weights, hidden[self.row, self.place].float()).flatten(1)
+        tokens = hidden[:, -self.weights.shape[2] :] if self.at_end else hidden[self.row, self.place]
+        return torch.bmm(self.weights, tokens.float()).flatten(1)
 
 
 class SplicedVisualMask:

@@ -92,8 +92,7 @@ class _Group:
         self.rows, self.columns, self.hidden = rows, columns, hidden
         self.cache = DynamicCache()
         self._on: dict[torch.device, torch.Tensor] = {}
-        self.asked: torch.Tensor | None = None
-        self.reader: TextReader | None = None
+        self._reader: tuple[torch.Tensor, TextReader] | None = None
 
     def on(self, device: torch.device) -> torch.Tensor:
         """The rows, there; brought once, since every copy from the host makes a GPU's queue run dry."""
@@ -101,14 +100,15 @@ class _Group:
             self._on[device] = self.rows.to(device)
         return self._on[device]
 
-    def state(self, hidden: torch.Tensor, prompt: Prompt) -> torch.Tensor:
-        """The text states of those rows that can leave, which are ``asked``."""
-        if self.reader is None:
+    def reader(self, prompt: Prompt) -> tuple[torch.Tensor, TextReader]:
+        """Those of the rows that can leave, and what reads their text states."""
+        if self._reader is None:
             places = prompt.can_leave[self.rows].nonzero().flatten()
-            self.asked = self.rows[places]
-            tail = prompt.tail.rows(self.asked.to(prompt.tail.index.device))
-            self.reader = TextReader(tail, places.to(tail.index.device))
-        return self.reader(hidden)
+            rows, tail = self.rows[places], prompt.tail
+            device = tail.index.device
+            reader = TextReader(tail.rows(rows.to(device)), places.to(device), len(self.rows), prompt.visual.shape[1])
+            self._reader = rows, reader
+        return self._reader
 
 
 class _Verdict:
@@ -125,7 +125,7 @@ class _Verdict:
         """The rows that leave; waits for what was queued up to the question, and for nothing after it."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return self.rows[self.leaves]
+        return self.rows[self.leaves] if True in self.leaves.tolist() else self.rows[:0]
 
 
 class _PromptPass:
@@ -607,15 +607,18 @@ class VisualExit:
 
     def _ask(self, layer: int, hidden: torch.Tensor, run: _PromptPass) -> None:
         """Asks the policy about an exit layer, this one or one further on."""
-        if not self.min_layer <= layer < self.num_layers or not run.prompt.can_leave[run.main.rows].any():
+        if not self.min_layer <= layer < self.num_layers:
             return
-        state = run.main.state(hidden, run.prompt)
+        rows, reader = run.main.reader(run.prompt)
+        if len(rows) == 0:
+            return
+        state = reader(hidden)
         leaves = self.policy.leaves(layer, state)
         if not isinstance(leaves, torch.Tensor) or leaves.dtype != torch.bool or leaves.shape != state.shape[:1]:
             raise ValueError(
                 f"{type(self.policy).__name__}.leaves() must return bool [{len(state)}], one per state given"
             )
-        run.verdicts[layer] = _Verdict(run.main.asked, leaves)
+        run.verdicts[layer] = _Verdict(rows, leaves)
 
     def _arguments(
         self, index: int, group: _Group, hidden: torch.Tensor, kwargs: dict[str, Any], run: _PromptPass

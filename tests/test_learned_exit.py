@@ -177,3 +177,23 @@ def test_the_host_waits_for_nothing_but_the_decisions(lookahead):
     assert exits.layers.tolist() == [LAYERS] * 3
     assert of_the_model == []
     assert OnDevice.waits == ["to later"] * (LAYERS - 1 - lookahead)
+
+
+def test_a_decoding_step_asks_the_device_no_more_than_a_dense_one():
+    """Samples that left at three different layers, so three masks beside the model's own."""
+    model, width = tiny_llama(), 32
+    visual = torch.zeros(3, 12, dtype=torch.bool)
+    visual[:, 2:8] = True
+    valid = torch.ones(3, 12, dtype=torch.long)
+    valid[0, :2] = 0
+    waits = []
+    for policy in (dyvte.NeverExit(), dyvte.FixedExit([1, 3, 5])):
+        with torch.no_grad(), dyvte.visual_exit(model, policy, visual_mask=visual):
+            mask = valid.as_subclass(OnDevice)
+            cache = model(inputs_embeds=torch.randn(3, 12, width).as_subclass(OnDevice), attention_mask=mask)
+            OnDevice.waits = []
+            mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
+            token = torch.randn(3, 1, width).as_subclass(OnDevice)
+            model(inputs_embeds=token, attention_mask=mask, past_key_values=cache.past_key_values)
+        waits.append(list(OnDevice.waits))
+    assert waits[0] == waits[1]

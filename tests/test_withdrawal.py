@@ -21,6 +21,8 @@ from models import (
 from transformers import DynamicCache, StaticCache
 
 import dyvte
+from dyvte.layout import WithdrawnLayer
+from dyvte.tokens import Columns
 
 RAGGED = [prompt(3, 5, seed=1), prompt(1, 9, seed=2), prompt(6, 1, seed=3), prompt(2, 4, images=2, seed=4)]
 STEPS = 6
@@ -274,3 +276,20 @@ def test_nothing_of_a_call_outlives_it():
         del inputs
         gc.collect()
         assert cache() is None and pixels() is None
+
+
+def test_layers_that_share_columns_go_on_sharing_them():
+    """Beams reorder the cache at every step; a set of columns must not become one for each layer."""
+    keep = torch.tensor([[True, False, True], [False, True, True]])
+    columns = Columns.of(keep)
+    layers = [WithdrawnLayer(columns, 3) for _ in range(2)]
+    order = torch.tensor([1, 1])
+    for layer in layers:
+        layer.keys, layer.values = torch.randn(2, 1, 2, 4), torch.randn(2, 1, 2, 4)
+        layer.is_initialized = True
+    for _ in range(2):
+        for layer in layers:
+            layer.reorder_cache(order)
+        assert layers[0].columns is layers[1].columns is not columns
+        assert layers[0].columns.index.tolist() == [[1, 2], [1, 2]]
+        columns, order = layers[0].columns, order.clone()
