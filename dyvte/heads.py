@@ -266,14 +266,14 @@ class ExitHeads(PreTrainedModel):
         """Whether the probability exceeds ``threshold`` at exit layer ``layer``, and the guard finds nothing unusual.
 
         Args:
-            state: [n, 2 * hidden_size], the text states after ``layer - lookahead`` layers.
+            state: [n, 2 * hidden_size], the text states after ``layer - lookahead`` layers, where the heads are.
 
         Returns:
             bool [n]
         """
         bar = math.inf if threshold == 1 else math.log(threshold) - math.log1p(-threshold)
         one = slice(layer - 1, layer)
-        features = self.heads.features(state.to(self.device, torch.float32)[:, None], one)
+        features = self.heads.features(state.float()[:, None], one)
         confident = self.heads.decide(features, one) > bar
         # On a CPU, where to look costs nothing, the guard is asked only when there is something to guard.
         if self.guard is not None and (confident.device.type != "cpu" or confident.any()):
@@ -304,7 +304,7 @@ class ExitHeads(PreTrainedModel):
         """Which mean visual tokens [n, hidden_size] are like those of training: bool [n]; None: no guard."""
         if self.guard is None:
             return None
-        return ~self.guard.unusual_image(visual.to(self.device).float())
+        return ~self.guard.unusual_image(visual.float())
 
     def check_fits(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
         """Raises ``ValueError`` if the heads were made for a decoder of another shape or for another model."""

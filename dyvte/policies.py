@@ -158,6 +158,7 @@ class LearnedExit(ExitPolicy):
             raise ValueError(f"min_layer must be an exit layer, 1 or more, not {min_layer}")
         self.heads, self.threshold, self.min_layer = heads.eval(), float(threshold), min_layer
         self.lookahead = heads.config.lookahead
+        self._device: torch.device | None = None
 
     def check(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
         self.heads.check_fits(num_layers, hidden_size, name_or_path)
@@ -169,6 +170,7 @@ class LearnedExit(ExitPolicy):
 
     @torch.no_grad()
     def admits(self, visual: torch.Tensor) -> torch.Tensor | None:
+        self._device = self.heads.device  # asked for once a prompt: at every decision it would show
         return self._heads_on(visual.device).usual_images(visual)
 
     @torch.no_grad()
@@ -178,4 +180,7 @@ class LearnedExit(ExitPolicy):
         return self._heads_on(state.device).confident(state, layer, self.threshold)
 
     def _heads_on(self, device: torch.device) -> ExitHeads:
-        return self.heads if self.heads.device == device else self.heads.to(device)
+        if self._device != device:
+            self.heads.to(device)
+            self._device = device
+        return self.heads
