@@ -136,6 +136,7 @@ def prefill(result: dict[str, Any]) -> list[str]:
             rows.append(
                 [
                     str(case["batch"]),
+                    str(case["visual_tokens"]),
                     str(row["exit_layer"]),
                     percent(row["flops_saved"]),
                     percent(row["time_saved"]),
@@ -145,12 +146,22 @@ def prefill(result: dict[str, Any]) -> list[str]:
                 ]
             )
     mixed = result["mixed"]
-    titles = ["batch", "exit layer", "FLOPs saved", "time saved", "time ÷ FLOPs", "heads ÷ known exits"]
+    titles = [
+        "batch",
+        "visual tokens",
+        "exit layer",
+        "FLOPs saved",
+        "time saved",
+        "time ÷ FLOPs",
+        "heads ÷ known exits",
+    ]
     return [
         "## Does saved work become saved time?",
         "",
-        f"{result['decoder']}; {result['hardware']}, {result['threads']} thread. The last column is the way of the "
-        "original (eager attention that returns its maps, rows sliced off) over ours at the same exit layer.",
+        f"{result['decoder']}; {result['hardware']}, {result['threads']} thread. Runs alternate in an order that is "
+        "drawn anew for every round; a run's time is the sum over its decoder layers of their median. *Heads ÷ known "
+        "exits* is what deciding costs. The last column is the way of the original (eager attention that returns its "
+        "maps, rows sliced off) over ours at the same exit layer.",
         *grid([*titles, "original ÷ ours"], rows),
         "",
         f"A batch of 8 that leaves at layers {mixed['exits']} costs {mixed['flops_over_sum_alone']:.3f} of the sum of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -90,11 +91,17 @@ def timed_by_layer(model: LlamaForCausalLM, run: Callable[[], Any]) -> list[floa
 def alternate(
     runs: dict[str, Callable[[], list[float]]], repeats: int, warmup: int = 2
 ) -> dict[str, list[list[float]]]:
-    """The laps of every run, in turn, so that a drifting machine hits all alike."""
+    """The laps of every run, in turn, so that a drifting machine hits all alike.
+
+    The order is drawn anew for every round: a run that leaves the allocator or the caches in disorder would slow the
+    next one, always the same.
+    """
     laps: dict[str, list[list[float]]] = {name: [] for name in runs}
+    order, draw = list(runs), random.Random(0)
     for repeat in range(warmup + repeats):
-        for name, run in runs.items():
-            took = run()
+        draw.shuffle(order)
+        for name in order:
+            took = runs[name]()
             if repeat >= warmup:
                 laps[name].append(took)
     return laps

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, get_layer_types_and_kwargs
 from transformers.masking_utils import create_causal_mask
@@ -241,6 +243,16 @@ def compact_mask(mask: Mask, columns: Columns, config: PreTrainedConfig, hidden:
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
         return columns.take(mask).to(mask.dtype) * valid.to(mask.dtype)
     return create_causal_mask(config, hidden, valid if columns.ragged else None, past_key_values=None)
+
+
+def layer_call(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The hidden states a decoder layer is called with, and everything else by name."""
+    if len(args) == 1:  # as transformers calls its own
+        return args[0], kwargs
+    names = list(inspect.signature(layer.forward).parameters)
+    kwargs = dict(zip(names, args)) | kwargs
+    first = "hidden_states" if "hidden_states" in kwargs else names[0]
+    return kwargs[first], {name: value for name, value in kwargs.items() if name != first}
 
 
 def select_rows(value: Any, rows: torch.Tensor, batch: int) -> Any:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dyvte.layout import compact_arguments, compact_mask
+from dyvte.layout import compact_arguments, compact_mask, layer_call
 from dyvte.tokens import Columns, Prompt, find_decoder, underlying_model, visual_tokens
 
 
@@ -152,7 +152,7 @@ class _Branches:
     def _before(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.inside:
             return
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden, kwargs = layer_call(layer, args, kwargs)
         if index == 0:
             self.visual = self.prompt.visual_state(hidden)
             return

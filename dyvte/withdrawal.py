@@ -26,6 +26,7 @@ from dyvte.layout import (
     compact_mask,
     continued_mask,
     held_columns,
+    layer_call,
     select_rows,
     sliding_windows,
 )
@@ -371,8 +372,7 @@ class VisualExit:
     def _before_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self._inside:
             return None
-        positional = len(args) > 0
-        hidden = args[0] if positional else kwargs["hidden_states"]
+        hidden, kwargs = layer_call(layer, args, kwargs)
         cache = kwargs.get("past_key_values")
         if index == 0:
             if self._consumed:  # some models call the decoder's forward directly, past its hooks
@@ -387,9 +387,7 @@ class VisualExit:
         if changed is None:
             return None
         hidden, kwargs = changed
-        if positional:
-            return (hidden, *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": hidden}
+        return (hidden,), kwargs
 
     def _after_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         run = self._pass
@@ -624,7 +622,7 @@ class VisualExit:
         self, index: int, group: _Group, hidden: torch.Tensor, kwargs: dict[str, Any], run: _PromptPass
     ) -> dict[str, Any]:
         """What the layer is given for a group: its rows and columns of everything, its mask, its cache."""
-        given = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "attention_mask", "past_key_values")}
+        given = {k: v for k, v in kwargs.items() if k not in ("attention_mask", "past_key_values")}
         mask, held, window = kwargs.get("attention_mask"), run.held(index), self.windows[index]
         some = len(group.rows) < run.batch
 

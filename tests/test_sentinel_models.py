@@ -42,10 +42,14 @@ class TupleLlamaModel(LlamaModel):
         mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values, position_ids)
         rotation = self.rotary_emb(hidden, position_ids)
         for layer in self.layers:
-            outputs = layer(hidden, attention_mask=mask, position_ids=position_ids, past_key_values=past_key_values,
-                            use_cache=use_cache, position_embeddings=rotation)  # fmt: skip
+            outputs = self.call(layer, hidden, attention_mask=mask, position_ids=position_ids, use_cache=use_cache,
+                                past_key_values=past_key_values, position_embeddings=rotation)  # fmt: skip
             hidden = outputs[0]
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+    @staticmethod
+    def call(layer, hidden, **others):
+        return layer(hidden, **others)
 
 
 class SpliceModel(LlamaForCausalLM):
@@ -306,3 +310,30 @@ def test_another_splice_method():
     mask = SplicedVisualMask(model, "_embed", mask_at=2, labels_at=1)
     with dyvte.visual_exit(model, dyvte.FixedExit([2, 4, 1]), mask):
         assert model.generate(**given, max_new_tokens=STEPS).tolist() == expected.tolist()
+
+
+def test_however_layers_are_called(monkeypatch):
+    """With mixed exits, and in a trace, a layer is called again for fewer rows."""
+    calls = (
+        lambda layer, hidden, **others: layer(hidden, **others),
+        lambda layer, hidden, **others: layer(hidden_states=hidden, **others),
+        lambda layer, hidden, attention_mask, position_ids, **others: layer(
+            hidden, attention_mask, position_ids, **others
+        ),
+    )
+    model, (inputs, ids), (visual, valid) = splice_model(), spliced_inputs(), expanded()
+    mask = inputs["attention_mask"]
+    embeds = model.prepare_inputs_labels_for_multimodal(ids, None, mask, None, None, inputs["images"])[4].detach()
+    given = {"inputs_embeds": embeds, "attention_mask": valid.long()}
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = LlamaDecoderLayer(model.config, index).eval()
+        model.model.layers[index].load_state_dict(layer.state_dict())
+    found = []
+    for call in calls:
+        monkeypatch.setattr(TupleLlamaModel, "call", staticmethod(lambda *a, call=call, **k: (call(*a, **k),)))
+        with torch.no_grad(), dyvte.visual_exit(model, dyvte.FixedExit([2, 4, 1]), visual):
+            logits = model(**given).logits
+        trace = dyvte.trace_batch(model, given, visual_mask=visual)
+        found.append((logits, trace.state, trace.kl))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
