@@ -27,6 +27,7 @@ VARIANTS = {
     "trunk 32 wide": {"width": 32},
     "trunk 256 wide": {"width": 256},
     "twice the epochs": {"epochs": 60},
+    "asked one layer ahead": {"lookahead": 1},
     "a fifth of the traces": {"share": 0.2},
     "published form": {"form": "original", "width": 2048, "epochs": 12, "lr": 3e-4, "dropout": 0.0},
     "published form, published label rule": {

@@ -160,7 +160,7 @@ def calibrate(heads: ExitHeads, traces: TraceSet, alpha: float = 0.01, delta: fl
         "data": traces.provenance.get("data"),
         "rule": "Clopper-Pearson bound, fixed-sequence testing from the safest threshold",
         "curve": curve.thinned(),
-        "reliability": reliability(probability, same),
+        "reliability": reliability(probability[:, heads.config.lookahead :], same[:, heads.config.lookahead :]),
     }
     return curve
 

@@ -67,6 +67,10 @@ def fit_heads(traces: TraceSet, settings: FitSettings | None = None, progress: b
         ValueError: too few traces, or labels that are all alike.
     """
     settings = settings or FitSettings()
+    if not 0 <= settings.lookahead <= traces.num_layers - 2:
+        raise ValueError(
+            f"lookahead must be 0 ... {traces.num_layers - 2} for {traces.num_layers} layers, not {settings.lookahead}"
+        )
     decided = slice(settings.lookahead, -1)  # e = L is no exit: nothing to learn
     labels = exit_labels(traces, settings.label_rule)[:, decided].float()
     if len(traces) < 20:

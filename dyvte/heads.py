@@ -101,8 +101,8 @@ class ExitHeadsConfig(PreTrainedConfig):
             )
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must lie in (0, 1], not {self.threshold}")
-        if not 0 <= self.lookahead < self.num_layers:
-            raise ValueError(f"lookahead must be 0 ... {self.num_layers - 1} layers, not {self.lookahead}")
+        if not 0 <= self.lookahead <= max(self.num_layers - 2, 0):
+            raise ValueError(f"lookahead must be 0 ... {max(self.num_layers - 2, 0)} layers, not {self.lookahead}")
         if self.guard is not None and not 0 < self.guard < 1:
             raise ValueError(f"guard must lie strictly between 0 and 1, or be None, not {self.guard}")
         for name in ("num_layers", "hidden_size", "width", "min_layer"):
@@ -444,6 +444,7 @@ def model_card(heads: ExitHeads) -> str:
         f"| base model | {base} (revision {config.base_revision or 'not recorded'}) |",
         f"| form | {config.form}, width {config.width} |",
         f"| text state | {config.text_state} |",
+        f"| lookahead | {config.lookahead} |",
         f"| label rule | {config.label_rule} |",
         f"| threshold | {config.threshold:.6g} |",
         f"| guard | {'none' if config.guard is None else f'{config.guard:g} of usual samples pass'} |",

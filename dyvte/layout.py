@@ -127,18 +127,28 @@ class WithdrawnLayer(DynamicLayer):
         return torch.cat([valid, later.to(valid.device)], 1)
 
     def mask(
-        self, config: PreTrainedConfig, hidden: torch.Tensor, attention_mask: torch.Tensor | None, window: int | None
+        self,
+        config: PreTrainedConfig,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        window: int | None,
+        own: Mask,
     ) -> Mask:
         """The attention mask of this layer for the incoming tokens ``hidden`` [batch, new, d].
 
         The window of a sliding layer counts positions of the full sequence, not places of the compact cache.
+
+        Args:
+            own: what the model made for this layer, as if its cache were not compact.
         """
         new = hidden.shape[1]
         padding = self.padding_mask(attention_mask, new)
         kind = config._attn_implementation
+        # A single token sees all that is held. The general way would ask the device whether anything is padding, once
+        # for every set of columns, at every step; where the model made no mask, it has asked.
+        if new == 1 and window is None and not self.columns.ragged and own is None and kind == "sdpa":
+            return None
         if new == 1 and window is None and self.columns.ragged and kind in ("sdpa", "eager"):
-            # A single token sees all that is held. The general way would ask the device whether anything is padding,
-            # once for every set of columns, at every step.
             allowed = padding[:, None, None, :].to(hidden.device)
             return allowed if kind == "sdpa" else _additive(allowed, hidden.dtype)
         in_window = None
@@ -230,8 +240,9 @@ def compact_mask(mask: Mask, columns: Columns, config: PreTrainedConfig, hidden:
         columns: what is kept.
         hidden: the compacted hidden states [n, width, d].
     """
-    index, valid = columns.index.to(hidden.device), columns.valid.to(hidden.device)
+    valid = columns.valid.to(hidden.device)
     if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        index, valid = columns.index.to(mask.device), columns.valid.to(mask.device)
         row = torch.arange(len(index), device=mask.device)[:, None, None]
         heads = mask.expand(len(index), -1, -1, -1)
         compact = heads[row, :, index[:, :, None], index[:, None, :]].permute(0, 3, 1, 2)
@@ -241,7 +252,7 @@ def compact_mask(mask: Mask, columns: Columns, config: PreTrainedConfig, hidden:
             compact = compact.masked_fill(hidden_key, blocked)
         return compact
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        return columns.take(mask).to(mask.dtype) * valid.to(mask.dtype)
+        return columns.take(mask).to(mask.dtype) * valid.to(mask)
     return create_causal_mask(config, hidden, valid if columns.ragged else None, past_key_values=None)
 
 
@@ -249,7 +260,13 @@ def layer_call(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     """The hidden states a decoder layer is called with, and everything else by name."""
     if len(args) == 1:  # as transformers calls its own
         return args[0], kwargs
-    names = list(inspect.signature(layer.forward).parameters)
+    parameters = inspect.signature(layer.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(args) > len(names):
+        raise ValueError(
+            f"{type(layer).__name__} is called with {len(args)} arguments by place that its forward does not name: "
+            "call decoder layers with all but the hidden states by name"
+        )
     kwargs = dict(zip(names, args)) | kwargs
     first = "hidden_states" if "hidden_states" in kwargs else names[0]
     return kwargs[first], {name: value for name, value in kwargs.items() if name != first}

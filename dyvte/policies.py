@@ -157,8 +157,11 @@ class LearnedExit(ExitPolicy):
         if isinstance(min_layer, bool) or not isinstance(min_layer, int) or min_layer < 1:
             raise ValueError(f"min_layer must be an exit layer, 1 or more, not {min_layer}")
         self.heads, self.threshold, self.min_layer = heads.eval(), float(threshold), min_layer
-        self.lookahead = heads.config.lookahead
         self._device: torch.device | None = None
+
+    @property
+    def lookahead(self) -> int:
+        return self.heads.config.lookahead
 
     def check(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
         self.heads.check_fits(num_layers, hidden_size, name_or_path)
@@ -176,7 +179,7 @@ class LearnedExit(ExitPolicy):
     @torch.no_grad()
     def leaves(self, layer: int, state: torch.Tensor) -> torch.Tensor:
         if layer < self.min_layer:
-            return torch.zeros(len(state), dtype=torch.bool, device=state.device)
+            return torch.zeros(len(state), dtype=torch.bool)  # known to the host, whatever device works
         return self._heads_on(state.device).confident(state, layer, self.threshold)
 
     def _heads_on(self, device: torch.device) -> ExitHeads:

@@ -218,7 +218,7 @@ class Prompt:
     def reader(self) -> TextReader:
         """Reads the text states of the whole batch."""
         batch, length = self.visual.shape
-        return TextReader(self.tail, torch.arange(batch, device=self.visual.device), batch, length)
+        return TextReader(self.tail, torch.arange(batch, device=self.visual.device), length, whole=True)
 
     def text_state(self, hidden: torch.Tensor) -> torch.Tensor:
         """The text states of the whole batch, see :class:`TextReader`."""
@@ -235,10 +235,11 @@ class TextReader:
     Args:
         tail: see :class:`Prompt`, for the samples to read.
         row: long [n], the row of the hidden states that each of them is in.
-        batch, length: of the hidden states.
+        length: of the hidden states.
+        whole: whether these are all of their rows, in order.
     """
 
-    def __init__(self, tail: Columns, row: torch.Tensor, batch: int, length: int):
+    def __init__(self, tail: Columns, row: torch.Tensor, length: int, whole: bool):
         index, valid = tail.index, tail.valid
         # Places that hold nothing look at the last token, with no weight.
         self.place = torch.where(valid, index, index[:, -1:])
@@ -250,7 +251,6 @@ class TextReader:
         self.weights = torch.stack([mean, last], 1)
         # Where the same number of tokens ends every sequence, as in a batch of one, they are a view and not a copy.
         end = torch.arange(length - index.shape[1], length, device=index.device)
-        whole = len(row) == batch and bool((row == torch.arange(batch, device=row.device)).all())
         self.at_end = whole and bool((valid & (index == end)).all())
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -258,7 +258,8 @@ class TextReader:
         if self.weights.device != hidden.device:
             self.place, self.row, self.weights = (t.to(hidden.device) for t in (self.place, self.row, self.weights))
         tokens = hidden[:, -self.weights.shape[2] :] if self.at_end else hidden[self.row, self.place]
-        return torch.bmm(self.weights, tokens.float()).flatten(1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.bmm(self.weights, tokens.float()).flatten(1)
 
 
 class SplicedVisualMask:

@@ -127,7 +127,7 @@ class _Branches:
         self.rows: torch.Tensor | None = None  # [branches * batch, width, d]
         self.states: list[torch.Tensor] = []
         self.arguments: dict[str, Any] = {}
-        self.masks: dict[int, Any] = {}
+        self.masks: dict[int, tuple[Any, Any]] = {}
         self.inside = False
         self.hooks: list[Any] = []
 
@@ -161,9 +161,9 @@ class _Branches:
         self.rows = born if self.rows is None else torch.cat([self.rows.to(born.device), born])
         arguments = compact_arguments(kwargs, self.columns, self.length)
         mask = kwargs.get("attention_mask")
-        if id(mask) not in self.masks:
-            self.masks[id(mask)] = compact_mask(mask, self.columns, self.config, born)
-        arguments["attention_mask"] = self.masks[id(mask)]
+        if id(mask) not in self.masks:  # kept with what was made of it, so that its id stays its own
+            self.masks[id(mask)] = mask, compact_mask(mask, self.columns, self.config, born)
+        arguments["attention_mask"] = self.masks[id(mask)][1]
         arguments = {key: self._for_all_branches(value) for key, value in arguments.items()}
         self.inside = True
         try:

@@ -107,8 +107,8 @@ class _Group:
             places = prompt.can_leave[self.rows].nonzero().flatten()
             rows, tail = self.rows[places], prompt.tail
             device = tail.index.device
-            reader = TextReader(tail.rows(rows.to(device)), places.to(device), len(self.rows), prompt.visual.shape[1])
-            self._reader = rows, reader
+            whole, length = len(places) == len(self.rows), prompt.visual.shape[1]
+            self._reader = rows, TextReader(tail.rows(rows.to(device)), places.to(device), length, whole)
         return self._reader
 
 
@@ -116,11 +116,11 @@ class _Verdict:
     """What a policy said about some rows, on its way to the host while the device goes on working."""
 
     def __init__(self, rows: torch.Tensor, leaves: torch.Tensor):
-        self.rows, self.leaves = rows, leaves.to("cpu", non_blocking=True)
+        self.rows, self.leaves = rows, leaves.to("cpu", non_blocking=True, copy=True)
         self.arrived: torch.Event | None = None
         if leaves.device.type != "cpu":
             self.arrived = torch.Event(leaves.device)
-            self.arrived.record()
+            self.arrived.record(torch.accelerator.current_stream(leaves.device))
 
     def leaving(self) -> torch.Tensor:
         """The rows that leave; waits for what was queued up to the question, and for nothing after it."""
@@ -227,6 +227,11 @@ class VisualExit:
         self.windows = sliding_windows(self.config, self.num_layers)
         self.min_layer = smallest_exit(self.model, self.decoder)
         policy.check(self.num_layers, self.config.hidden_size, getattr(self.model.config, "_name_or_path", None))
+        if not isinstance(policy.lookahead, int) or policy.lookahead < 0:
+            raise ValueError(
+                f"{type(policy).__name__}.lookahead must be 0 or more layers, not {policy.lookahead!r}: it counts the "
+                "layers between a decision and its exit"
+            )
         if policy.earliest is not None and policy.earliest < self.min_layer:
             raise ValueError(
                 f"exit layer {policy.earliest} is too early for {type(self.model).__name__}: it adds visual features "
@@ -268,7 +273,7 @@ class VisualExit:
             if isinstance(self.visual_mask, SplicedVisualMask):
                 self.visual_mask.detach()
         self._hooks = []
-        self._pass = None
+        self._pass, self._calls, self._masks, self._generate_call = None, [], {}, {}
 
     # Before any work: what cannot be right is refused.
 
@@ -441,6 +446,9 @@ class VisualExit:
             admitted = self.policy.admits(run.prompt.visual_state(hidden))
             if admitted is not None:
                 run.prompt = dataclasses.replace(run.prompt, can_leave=run.prompt.can_leave & admitted.cpu())
+            # Here the host waits anyway; later a GPU's queue would run dry.
+            run.main.reader(run.prompt)
+            run.columns = Columns.of(run.prompt.text)
         else:
             planned = run.planned
             whole = isinstance(planned, torch.Tensor) and not planned.is_floating_point() and planned.shape == (batch,)
@@ -589,14 +597,15 @@ class VisualExit:
         if run.columns is None:
             run.columns = Columns.of(run.prompt.text)
         gone, stay = rows[leaving], rows[~leaving]
-        compact = run.columns.rows(gone.to(run.columns.index.device)).take(hidden[leaving.to(hidden.device)])
+        places, others = (part.nonzero().flatten().to(hidden.device) for part in (leaving, ~leaving))
+        compact = run.columns.rows(gone.to(run.columns.index.device)).take(hidden[places])
         if run.side is not None:
             gone, compact = torch.cat([run.side.rows, gone]), torch.cat([run.side.hidden.to(compact.device), compact])
         if len(stay) > 0:
             run.side = _Group(gone, run.columns.rows(gone.to(run.columns.index.device)), compact)
             run.main = _Group(stay, None)
             run.made = {}
-            return hidden[(~leaving).to(hidden.device)]
+            return hidden[others]
         # Everybody has left: the short rows are all there is, in the order of the batch.
         order = gone.argsort()
         run.main, run.side = _Group(gone[order], run.columns), None
@@ -701,5 +710,6 @@ class VisualExit:
         if key not in self._masks:
             given = (call.get("attention_mask") for call in self._calls)
             attention_mask = next((m for m in given if isinstance(m, torch.Tensor) and m.ndim == 2), None)
-            self._masks[key] = layer.mask(self.config, hidden, attention_mask, self.windows[index])
+            own = kwargs.get("attention_mask")
+            self._masks[key] = layer.mask(self.config, hidden, attention_mask, self.windows[index], own)
         return hidden, kwargs | {"attention_mask": self._masks[key], "position_ids": None}

@@ -127,7 +127,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, match):
         ({"text_state": "last token"}, "another text state"),
         ({"threshold": 0.0}, "threshold must lie"),
         ({"width": 0}, "width must be"),
-        ({"lookahead": 2}, "lookahead must be 0 ... 1"),
+        ({"lookahead": 1}, "lookahead must be 0 ... 0"),
     ],
 )
 def test_bad_configs(settings, match):
