@@ -160,19 +160,21 @@ class OnDevice(torch.Tensor):
 
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_the_host_waits_for_nothing_but_the_decisions(lookahead):
-    """One copy a layer, not blocking. Heads without a guard: on the CPU that this runs on, it would be asked late."""
+    """One copy a layer, not blocking, once layers are running and while nobody leaves.
+
+    Heads without a guard: on the CPU that this runs on, it would be asked late.
+    """
     model, width = tiny_llama(), 32
     config = dyvte.ExitHeadsConfig(num_layers=LAYERS, hidden_size=width, threshold=0.999, lookahead=lookahead)
     policy = dyvte.LearnedExit(dyvte.ExitHeads(config))
     visual = torch.zeros(3, 12, dtype=torch.bool)
     visual[:, 2:8] = True
     embeds = torch.randn(3, 12, width).as_subclass(OnDevice)
-    OnDevice.waits = []
+    model.model.layers[0].register_forward_hook(lambda *_: OnDevice.waits.clear())
     with torch.no_grad():
         model(inputs_embeds=embeds)
         of_the_model = list(OnDevice.waits)
-        OnDevice.waits = []
-        with dyvte.visual_exit(model, policy, visual_mask=visual) as exits:
+        with dyvte.visual_exit(model, policy, visual_mask=visual.as_subclass(OnDevice)) as exits:
             model(inputs_embeds=embeds)
     assert exits.layers.tolist() == [LAYERS] * 3
     assert of_the_model == []
@@ -180,14 +182,13 @@ def test_the_host_waits_for_nothing_but_the_decisions(lookahead):
 
 
 def test_a_decoding_step_asks_the_device_no_more_than_a_dense_one():
-    """Samples that left at three different layers, so three masks beside the model's own."""
+    """Samples that left at three different layers, so three masks beside the model's own; and all at one."""
     model, width = tiny_llama(), 32
     visual = torch.zeros(3, 12, dtype=torch.bool)
     visual[:, 2:8] = True
     valid = torch.ones(3, 12, dtype=torch.long)
-    valid[0, :2] = 0
     waits = []
-    for policy in (dyvte.NeverExit(), dyvte.FixedExit([1, 3, 5])):
+    for policy in (dyvte.NeverExit(), dyvte.FixedExit([1, 3, 5]), dyvte.FixedExit(2)):
         with torch.no_grad(), dyvte.visual_exit(model, policy, visual_mask=visual):
             mask = valid.as_subclass(OnDevice)
             cache = model(inputs_embeds=torch.randn(3, 12, width).as_subclass(OnDevice), attention_mask=mask)
@@ -196,4 +197,4 @@ def test_a_decoding_step_asks_the_device_no_more_than_a_dense_one():
             token = torch.randn(3, 1, width).as_subclass(OnDevice)
             model(inputs_embeds=token, attention_mask=mask, past_key_values=cache.past_key_values)
         waits.append(list(OnDevice.waits))
-    assert waits[0] == waits[1]
+    assert waits[0] == waits[1] == waits[2]
