@@ -65,8 +65,6 @@ reference-mllm: $(VENV)/installed  ## train the reference MLLM from nothing (abo
 	$(BIN)/torchrun --nproc_per_node 2 train/reference_mllm.py --stages answers
 	$(BIN)/python train/reference_mllm.py --stages report
 
-benchmarks: export MALLOC_MMAP_THRESHOLD_ = 4294967296
-benchmarks: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 benchmarks: $(VENV)/installed ## measure the costs of tracing and exiting on this machine
 	for name in trace_cost prefill stages; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 

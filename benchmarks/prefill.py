@@ -169,7 +169,7 @@ def main() -> None:
     options.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     options.add_argument("--visual", type=int, nargs="+", default=[576], help="visual tokens of a prompt")
     options.add_argument("--lookahead", type=int, default=0, help="layers between a decision and its exit")
-    options.add_argument("--repeats", type=int, default=31, help="rounds at batch 1; larger batches, less noisy, fewer")
+    options.add_argument("--repeats", type=int, default=31, help="rounds at batch 1; larger batches get fewer")
     chosen = options.parse_args()
     cuda = torch.cuda.is_available()
     if not cuda:

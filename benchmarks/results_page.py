@@ -169,21 +169,8 @@ def prefill(result: dict[str, Any]) -> list[str]:
         f"A batch of 8 that leaves at layers {mixed['exits']} costs {mixed['flops_over_sum_alone']:.3f} of the sum of "
         f"its samples alone in FLOPs, {mixed['time_over_sum_alone']:.2f} in time. Its cache holds "
         f"{mixed['cache_over_sum_alone']:.2f} times what the samples need alone: rows of one layer share a width.",
-        *kept_memory(mixed),
         "",
         f"![prefill](../benchmarks/results/{'prefill' if 'CPU' in result['hardware'] else 'prefill_gpu'}.png)",
-    ]
-
-
-def kept_memory(mixed: dict[str, Any]) -> list[str]:
-    """What the time of a mixed batch becomes where the allocator does not hand its memory back between layers."""
-    again = mixed.get("with_an_allocator_that_keeps_memory")
-    if again is None:
-        return []
-    return [
-        "",
-        f"The activations of 8 samples are large enough for glibc to fetch them from the system anew at every layer; "
-        f"where it keeps its memory the same ratio is {again['time_over_sum_alone']:.2f}: `{again['command']}`.",
     ]
 
 

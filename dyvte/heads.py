@@ -57,7 +57,7 @@ class ExitHeadsConfig(PreTrainedConfig):
         threshold: probability that must be exceeded to exit.
         min_layer: the smallest exit layer the base model allows (more than 1 where visual features enter later layers).
         lookahead: exit layer e is decided from the text state after e - lookahead layers; 0 in the papers. With 1 the
-            decision travels to the host while the layer before the exit runs, so that a GPU never waits for it.
+            decision travels to the host while the layer before the exit runs, so that a GPU need not wait for it.
         guard: share of usual samples that the guard lets pass, at each layer by their text state and once by their
             image; None: there is no guard. What is unlike training does not exit, since no promise covers it.
         calibration: how the threshold was chosen, with the risk it keeps; empty if by no rule.

@@ -240,9 +240,9 @@ def compact_mask(mask: Mask, columns: Columns, config: PreTrainedConfig, hidden:
         columns: what is kept.
         hidden: the compacted hidden states [n, width, d].
     """
-    valid = columns.valid.to(hidden.device)
+    device = mask.device if isinstance(mask, torch.Tensor) else hidden.device
+    index, valid = columns.index.to(device), columns.valid.to(device)
     if isinstance(mask, torch.Tensor) and mask.ndim == 4:
-        index, valid = columns.index.to(mask.device), columns.valid.to(mask.device)
         row = torch.arange(len(index), device=mask.device)[:, None, None]
         heads = mask.expand(len(index), -1, -1, -1)
         compact = heads[row, :, index[:, :, None], index[:, None, :]].permute(0, 3, 1, 2)
@@ -252,7 +252,7 @@ def compact_mask(mask: Mask, columns: Columns, config: PreTrainedConfig, hidden:
             compact = compact.masked_fill(hidden_key, blocked)
         return compact
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        return columns.take(mask).to(mask.dtype) * valid.to(mask)
+        return columns.take(mask).to(mask.dtype) * valid.to(mask.dtype)
     return create_causal_mask(config, hidden, valid if columns.ragged else None, past_key_values=None)
 
 

@@ -22,7 +22,7 @@ class ExitPolicy:
         earliest: the smallest exit layer it insists on, if it does; a model that cannot leave so early is then
             refused. Other policies start at the smallest exit layer that the model allows.
         lookahead: how many layers before an exit layer it is asked about it. On a GPU the host waits for every answer;
-            with 1 or more it waits while a layer runs, and the device never does.
+            with 1 or more it waits while a layer runs, and the device need not.
     """
 
     earliest: int | None = None

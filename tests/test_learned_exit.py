@@ -181,12 +181,14 @@ def test_the_host_waits_for_nothing_but_the_decisions(lookahead):
     assert OnDevice.waits == ["to later"] * (LAYERS - 1 - lookahead)
 
 
-def test_a_decoding_step_asks_the_device_no_more_than_a_dense_one():
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_decoding_step_asks_the_device_no_more_than_a_dense_one(padding):
     """Samples that left at three different layers, so three masks beside the model's own; and all at one."""
     model, width = tiny_llama(), 32
     visual = torch.zeros(3, 12, dtype=torch.bool)
     visual[:, 2:8] = True
     valid = torch.ones(3, 12, dtype=torch.long)
+    valid[0, :padding] = 0
     waits = []
     for policy in (dyvte.NeverExit(), dyvte.FixedExit([1, 3, 5]), dyvte.FixedExit(2)):
         with torch.no_grad(), dyvte.visual_exit(model, policy, visual_mask=visual):
