@@ -130,10 +130,15 @@ def trace_cost(result: dict[str, Any]) -> list[str]:
     return ["## What a trace costs", "", f"{result['decoder']}.", *grid(["", "by FLOPs", "by time"], rows)]
 
 
+def between(ends: list[float], digits: int = 2) -> str:
+    return f"{ends[0]:.{digits}f} … {ends[1]:.{digits}f}"
+
+
 def prefill(result: dict[str, Any]) -> list[str]:
     rows = []
     for case in result["single"]:
         for row in case["rows"]:
+            in_place = row.get("learned_over_fixed_in_place")
             rows.append(
                 [
                     str(case["batch"]),
@@ -141,12 +146,13 @@ def prefill(result: dict[str, Any]) -> list[str]:
                     str(row["exit_layer"]),
                     percent(row["flops_saved"]),
                     percent(row["time_saved"]),
-                    f"{row['time_saved_over_flops_saved']:.2f} ({row['time_saved_over_flops_saved_at_best']:.2f})",
-                    f"{row['learned_over_fixed']:.3f} ({row['learned_over_fixed_at_best']:.3f})",
+                    f"{row['time_saved_over_flops_saved']:.2f} ({between(row['time_saved_over_flops_saved_interval'])})",
+                    f"{case['most_time_saved_over_flops_saved']:.2f}",
+                    f"{row['learned_over_fixed']:.2f} ({between(row['learned_over_fixed_interval'])})",
+                    "–" if in_place is None else f"{in_place:.3f}",
                     f"{row['original_over_fixed']:.2f}",
                 ]
             )
-    mixed = result["mixed"]
     titles = [
         "batch",
         "visual tokens",
@@ -154,23 +160,51 @@ def prefill(result: dict[str, Any]) -> list[str]:
         "FLOPs saved",
         "time saved",
         "time ÷ FLOPs",
+        "at most",
         "heads ÷ known exits",
+        "in place",
+        "original ÷ ours",
     ]
+    mixed = result["mixed"]
+    allocators = {"allocator_defaults": "allocator's defaults", "memory_kept": "memory kept"}
+    timed = [
+        [
+            title,
+            f"{mixed[name]['time_over_sum_alone']:.2f} ({between(mixed[name]['time_over_sum_alone_interval'])})",
+            f"{mixed[name]['dense_time_over_sum_alone']:.2f} "
+            f"({between(mixed[name]['dense_time_over_sum_alone_interval'])})",
+        ]
+        for name, title in allocators.items()
+        if name in mixed
+    ]
+    on_cpu = "CPU" in result["hardware"]
+    laps = (
+        "A run's time is the sum of the medians of its laps, two for every decoder layer, with the allocator told to "
+        "keep its memory. "
+    )
+    rounds = ", ".join(f"{case['rounds']} at batch {case['batch']}" for case in result["single"])
     return [
         "## Does saved work become saved time?",
         "",
         f"{result['decoder']}; {result['hardware']}, {result['threads']} thread. Runs alternate in an order that is "
-        "drawn anew for every round; a run's time is the sum over its decoder layers of their median (in brackets: of "
-        "their best, which is free of what else the machine did). *Heads ÷ known exits* is what deciding costs. The "
-        "last column is the way of the original (eager attention that returns its maps, rows sliced off) over ours at "
-        "the same exit layer.",
-        *grid([*titles, "original ÷ ours"], rows),
+        f"drawn anew for every round ({rounds}); in brackets where a figure lies at 90 % confidence, by bootstrap over "
+        f"the rounds. {laps if on_cpu else ''}*At most* is time ÷ FLOPs of a prompt of the text alone: what a layer "
+        "takes on so few rows sets it, and no exit can pass it. *Heads ÷ known exits* is what deciding costs; *in "
+        "place* counts only the time that is spent before the layers, where the heads are asked, and so is free of "
+        "what else the machine did. The last column is the way of the original (eager attention that returns its maps, "
+        "rows sliced off) over ours at the same exit layer.",
+        *grid(titles, rows),
         "",
         f"A batch of 8 that leaves at layers {mixed['exits']} costs {mixed['flops_over_sum_alone']:.3f} of the sum of "
-        f"its samples alone in FLOPs, {mixed['time_over_sum_alone']:.2f} in time. Its cache holds "
-        f"{mixed['cache_over_sum_alone']:.2f} times what the samples need alone: rows of one layer share a width.",
+        "its samples alone in FLOPs. What it costs in time is what any batch costs there, as a dense one shows. On a CPU "
+        "that is the allocator's doing: by its defaults glibc returns big blocks to the kernel and pays for their pages "
+        "again at the next layer. Large `MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` keep them.",
+        *grid(["time of 8 together ÷ of 8 alone", "with exits", "dense"], timed),
         "",
-        f"![prefill](../benchmarks/results/{'prefill' if 'CPU' in result['hardware'] else 'prefill_gpu'}.png)",
+        f"Its cache holds {mixed['cache_over_sum_alone']:.2f} times what the samples need alone: rows of one layer "
+        "share a width.",
+        "",
+        f"![prefill](../benchmarks/results/{'prefill' if on_cpu else 'prefill_gpu'}.png)",
     ]
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import platform
 import random
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dyvte
@@ -57,6 +58,17 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def keep_memory() -> bool:
+    """Has glibc keep the memory it is given back, for whatever follows; False where there is no glibc.
+
+    By its defaults it returns big blocks to the kernel at once, and every layer pays for their pages again: on a CPU,
+    batches then cost more than their samples, with or without exits. PyTorch's tuning guide advises such allocators.
+    """
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None)
+    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1  # of malloc.h
+    return adjust is not None and bool(adjust(trim_threshold, most) and adjust(mmap_threshold, most))
+
+
 def timed(run: Callable[[], Any]) -> list[float]:
     """Seconds of a run, as a single lap."""
     synchronize()
@@ -67,9 +79,11 @@ def timed(run: Callable[[], Any]) -> list[float]:
 
 
 def timed_by_layer(model: LlamaForCausalLM, run: Callable[[], Any]) -> list[float]:
-    """Seconds of a model's pass, a lap for every decoder layer: what disturbs a CPU spoils a few laps, not the run.
+    """Seconds of a model's pass in laps: what disturbs a CPU spoils a few laps, not the run.
 
-    On a GPU a single lap, since the clock could not be read without waiting for the device.
+    One lap up to the first decoder layer, then for every layer one of what hooks do before it (those of the exit) and
+    one of the layer itself; the last goes on to the end. On a GPU a single lap, since the clock could not be read
+    without waiting for the device.
     """
     if torch.cuda.is_available():
         return timed(run)
@@ -79,7 +93,8 @@ def timed_by_layer(model: LlamaForCausalLM, run: Callable[[], Any]) -> list[floa
         marks.append(time.perf_counter())
 
     hooks = [model.register_forward_pre_hook(mark, prepend=True), model.register_forward_hook(mark)]
-    hooks += [layer.register_forward_pre_hook(mark) for layer in model.get_decoder().layers]
+    for layer in model.get_decoder().layers:
+        hooks += [layer.register_forward_pre_hook(mark, prepend=True), layer.register_forward_pre_hook(mark)]
     try:
         run()
     finally:
@@ -88,28 +103,37 @@ def timed_by_layer(model: LlamaForCausalLM, run: Callable[[], Any]) -> list[floa
     return [end - begin for begin, end in itertools.pairwise(marks)]
 
 
-def alternate(
-    runs: dict[str, Callable[[], list[float]]], repeats: int, warmup: int = 2
-) -> dict[str, list[list[float]]]:
-    """The laps of every run, in turn, so that a drifting machine hits all alike.
+def alternate(runs: dict[str, Callable[[], list[float]]], repeats: int, warmup: int = 2) -> dict[str, torch.Tensor]:
+    """The laps of every run [repeats, laps], in turn, so that a drifting machine hits all alike.
 
     The order is drawn anew for every round: a run that leaves the allocator or the caches in disorder would slow the
     next one, always the same.
     """
     laps: dict[str, list[list[float]]] = {name: [] for name in runs}
     order, draw = list(runs), random.Random(0)
-    for repeat in range(warmup + repeats):
+    for repeat in tqdm(range(warmup + repeats), unit="round", disable=None):
         draw.shuffle(order)
         for name in order:
             took = runs[name]()
             if repeat >= warmup:
                 laps[name].append(took)
-    return laps
+    return {name: torch.tensor(values, dtype=torch.double) for name, values in laps.items()}
 
 
-def seconds(laps: list[list[float]], of: Callable[[Sequence[float]], float] = statistics.median) -> float:
-    """What a run takes: the median (or another statistic) of each of its laps, added up."""
-    return sum(of(lap) for lap in zip(*laps, strict=True))
+def seconds(laps: torch.Tensor) -> float:
+    """What a run takes: the median over the rounds of each of its laps, added up."""
+    return laps.quantile(0.5, 0).sum().item()
+
+
+def interval(figure: Callable[[dict[str, torch.Tensor]], float], laps: dict[str, torch.Tensor]) -> list[float]:
+    """Where a figure made from laps lies at 90 % confidence: bootstrap over the rounds, what the noise leaves open."""
+    rounds = len(next(iter(laps.values())))
+    draw = torch.Generator().manual_seed(0)
+    figures = []
+    for _ in range(300):
+        some = torch.randint(rounds, (rounds,), generator=draw)
+        figures.append(figure({name: values[some] for name, values in laps.items()}))
+    return torch.tensor(figures, dtype=torch.double).quantile(torch.tensor([0.05, 0.95], dtype=torch.double)).tolist()
 
 
 def record(name: str, result: dict[str, Any]) -> None:

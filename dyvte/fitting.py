@@ -64,13 +64,22 @@ def fit_heads(traces: TraceSet, settings: FitSettings | None = None, progress: b
     """Trains heads on traces; the same traces and settings give the same heads.
 
     Raises:
-        ValueError: too few traces, or labels that are all alike.
+        ValueError: settings that make no heads, too few traces, or labels that are all alike.
     """
     settings = settings or FitSettings()
-    if not 0 <= settings.lookahead <= traces.num_layers - 2:
-        raise ValueError(
-            f"lookahead must be 0 ... {traces.num_layers - 2} for {traces.num_layers} layers, not {settings.lookahead}"
-        )
+    source = traces.provenance
+    config = ExitHeadsConfig(
+        num_layers=traces.num_layers,
+        hidden_size=traces.state.shape[-1] // 2,
+        form=settings.form,
+        width=settings.width,
+        base_model=source.get("base_model"),
+        base_revision=source.get("base_revision"),
+        label_rule=settings.label_rule,
+        min_layer=source.get("min_layer", 1),
+        lookahead=settings.lookahead,
+        guard=settings.guard if settings.form == "shared" else None,
+    )
     decided = slice(settings.lookahead, -1)  # e = L is no exit: nothing to learn
     labels = exit_labels(traces, settings.label_rule)[:, decided].float()
     if len(traces) < 20:
@@ -85,23 +94,9 @@ def fit_heads(traces: TraceSet, settings: FitSettings | None = None, progress: b
     order = torch.randperm(len(traces), generator=generator)
     held = max(1, round(settings.validation * len(traces)))
     validation, training = order[:held], order[held:]
-    source = traces.provenance
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        heads = ExitHeads(
-            ExitHeadsConfig(
-                num_layers=traces.num_layers,
-                hidden_size=traces.state.shape[-1] // 2,
-                form=settings.form,
-                width=settings.width,
-                base_model=source.get("base_model"),
-                base_revision=source.get("base_revision"),
-                label_rule=settings.label_rule,
-                min_layer=source.get("min_layer", 1),
-                lookahead=settings.lookahead,
-                guard=settings.guard if settings.form == "shared" else None,
-            )
-        )
+        heads = ExitHeads(config)
         steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
         optimizer = torch.optim.AdamW(heads.heads.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=steps, pct_start=0.1)
