@@ -130,8 +130,9 @@ def trace_cost(result: dict[str, Any]) -> list[str]:
     return ["## What a trace costs", "", f"{result['decoder']}.", *grid(["", "by FLOPs", "by time"], rows)]
 
 
-def between(ends: list[float], digits: int = 2) -> str:
-    return f"{ends[0]:.{digits}f} … {ends[1]:.{digits}f}"
+def ranged(result: dict[str, Any], name: str) -> str:
+    low, high = result[f"{name}_interval"]
+    return f"{result[name]:.2f} ({low:.2f} … {high:.2f})"
 
 
 def prefill(result: dict[str, Any]) -> list[str]:
@@ -146,9 +147,9 @@ def prefill(result: dict[str, Any]) -> list[str]:
                     str(row["exit_layer"]),
                     percent(row["flops_saved"]),
                     percent(row["time_saved"]),
-                    f"{row['time_saved_over_flops_saved']:.2f} ({between(row['time_saved_over_flops_saved_interval'])})",
-                    f"{case['most_time_saved_over_flops_saved']:.2f}",
-                    f"{row['learned_over_fixed']:.2f} ({between(row['learned_over_fixed_interval'])})",
+                    ranged(row, "time_saved_over_flops_saved"),
+                    ranged(case, "most_time_saved_over_flops_saved"),
+                    ranged(row, "learned_over_fixed"),
                     "–" if in_place is None else f"{in_place:.3f}",
                     f"{row['original_over_fixed']:.2f}",
                 ]
@@ -168,12 +169,7 @@ def prefill(result: dict[str, Any]) -> list[str]:
     mixed = result["mixed"]
     allocators = {"allocator_defaults": "allocator's defaults", "memory_kept": "memory kept"}
     timed = [
-        [
-            title,
-            f"{mixed[name]['time_over_sum_alone']:.2f} ({between(mixed[name]['time_over_sum_alone_interval'])})",
-            f"{mixed[name]['dense_time_over_sum_alone']:.2f} "
-            f"({between(mixed[name]['dense_time_over_sum_alone_interval'])})",
-        ]
+        [title, ranged(mixed[name], "time_over_sum_alone"), ranged(mixed[name], "dense_time_over_sum_alone")]
         for name, title in allocators.items()
         if name in mixed
     ]
@@ -196,9 +192,9 @@ def prefill(result: dict[str, Any]) -> list[str]:
         *grid(titles, rows),
         "",
         f"A batch of 8 that leaves at layers {mixed['exits']} costs {mixed['flops_over_sum_alone']:.3f} of the sum of "
-        "its samples alone in FLOPs. What it costs in time is what any batch costs there, as a dense one shows. On a CPU "
-        "that is the allocator's doing: by its defaults glibc returns big blocks to the kernel and pays for their pages "
-        "again at the next layer. Large `MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` keep them.",
+        "its samples alone in FLOPs. What it costs in time is what any batch costs there, as a dense one shows. On a "
+        "CPU that is the allocator's doing: by its defaults glibc returns big blocks to the kernel and pays for their "
+        "pages again at the next layer. Large `MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` keep them.",
         *grid(["time of 8 together ÷ of 8 alone", "with exits", "dense"], timed),
         "",
         f"Its cache holds {mixed['cache_over_sum_alone']:.2f} times what the samples need alone: rows of one layer "
