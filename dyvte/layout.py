@@ -124,6 +124,8 @@ class WithdrawnLayer(DynamicLayer):
         valid = self.columns.valid
         if later is None or later.shape[1] != self.later + new:
             later = valid.new_ones(len(valid), self.later + new)
+        else:  # a call may hide tokens that an earlier one showed
+            valid = valid & attention_mask.bool().to(valid.device).gather(1, self.columns.index)
         return torch.cat([valid, later.to(valid.device)], 1)
 
     def mask(

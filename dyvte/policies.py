@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dyvte.tokens import full_precision
+
 if TYPE_CHECKING:
     from dyvte.heads import ExitHeads
 
@@ -165,6 +167,10 @@ class LearnedExit(ExitPolicy):
 
     def check(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
         self.heads.check_fits(num_layers, hidden_size, name_or_path)
+        if self.heads.dtype != torch.float32:
+            raise ValueError(
+                f"exit heads decide in float32, not {self.heads.dtype}: load them without dtype, or call heads.float()"
+            )
         if self.min_layer > num_layers:
             raise ValueError(f"min_layer {self.min_layer} is beyond the model's {num_layers} layers: choose less")
 
@@ -174,13 +180,15 @@ class LearnedExit(ExitPolicy):
     @torch.no_grad()
     def admits(self, visual: torch.Tensor) -> torch.Tensor | None:
         self._device = self.heads.device  # asked for once a prompt: at every decision it would show
-        return self._heads_on(visual.device).usual_images(visual)
+        with full_precision(visual.device):
+            return self._heads_on(visual.device).usual_images(visual)
 
     @torch.no_grad()
     def leaves(self, layer: int, state: torch.Tensor) -> torch.Tensor:
         if layer < self.min_layer:
             return torch.zeros(len(state), dtype=torch.bool)  # known to the host, whatever device works
-        return self._heads_on(state.device).confident(state, layer, self.threshold)
+        with full_precision(state.device):
+            return self._heads_on(state.device).confident(state, layer, self.threshold)
 
     def _heads_on(self, device: torch.device) -> ExitHeads:
         if self._device != device:

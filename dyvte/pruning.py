@@ -294,8 +294,7 @@ class PrunedModel(VisualExit):
 
     def _scores(self, visual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """The rule's scores; rows of one sample (beams) stand together and get the same ones."""
-        given = (self._generate_call.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
-        given = next((value for value in given if isinstance(value, torch.Tensor)), None)
+        given = self._prompt_tokens(self._generate_call)
         times = max(self._pass.batch // len(given), 1) if given is not None else 1
         sample = (rows // times).to(visual.device)
         first = torch.ones_like(sample, dtype=torch.bool)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,26 @@ DECODER_NAMES = ("language_model", "text_model", "llm", "decoder", "model")
 def underlying_model(model: nn.Module) -> nn.Module:
     """The model whose ``forward`` runs: inside a peft wrapper, if there is one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def override(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
+    """Sets an attribute of this module alone; returns what puts back the one that it had, or its class's."""
+    own = vars(module).get(name)
+    setattr(module, name, value)
+
+    def restore() -> None:
+        if own is None:
+            vars(module).pop(name, None)
+        else:
+            setattr(module, name, own)
+
+    return restore
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Where text states are read and decided on: as they were when the heads were trained, whatever autocast is on."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def find_decoder(model: nn.Module, decoder: str | nn.Module | None = None) -> nn.Module:
@@ -258,7 +279,7 @@ class TextReader:
         if self.weights.device != hidden.device:
             self.place, self.row, self.weights = (t.to(hidden.device) for t in (self.place, self.row, self.weights))
         tokens = hidden[:, -self.weights.shape[2] :] if self.at_end else hidden[self.row, self.place]
-        with torch.autocast(hidden.device.type, enabled=False):
+        with full_precision(hidden.device):
             return torch.bmm(self.weights, tokens.float()).flatten(1)
 
 
@@ -309,10 +330,10 @@ class SplicedVisualMask:
 
     def attach(self) -> None:
         splice = getattr(self.model, self.method)
-        setattr(self.model, self.method, self._telling(splice))
+        self._restore = override(self.model, self.method, self._telling(splice))
 
     def detach(self) -> None:
-        vars(self.model).pop(self.method, None)
+        self._restore()
         self.latest = None
 
     def _telling(self, splice: Callable[..., tuple]) -> Callable[..., tuple]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,7 @@ from dyvte.tokens import (
     SplicedVisualMask,
     TextReader,
     find_decoder,
+    override,
     smallest_exit,
     underlying_model,
     visual_token_ids,
@@ -55,7 +57,8 @@ def visual_exit(
     """Runs ``model`` with visual tokens withdrawn as ``policy`` decides, within the ``with`` block.
 
     Args:
-        model: any MLLM of transformers, or a decoder-only model fed with ``inputs_embeds``.
+        model: any MLLM of transformers, or a decoder-only model fed with ``inputs_embeds``; the one whose ``generate``
+            or ``forward`` is called, not a part of it, whose caller could not be checked.
         policy: see :mod:`dyvte.policies`.
         visual_mask: bool [batch, sequence], True at visual tokens, where ``input_ids`` cannot show them; or a callable
             that gets the keyword arguments of the model's call (those of ``generate`` included) and returns it, such
@@ -216,7 +219,18 @@ class VisualExit:
             )
         self.model, self.policy, self.visual_mask = underlying_model(model), policy, visual_mask
         self.decoder = find_decoder(self.model, decoder)
-        self.config = getattr(self.decoder, "config", None) or self.model.config
+        config = getattr(self.model, "config", None)
+        self.config = getattr(self.decoder, "config", None) or config
+        if self.config is None:
+            raise ValueError(
+                f"neither {type(self.model).__name__} nor its decoder has a config, which says how layers attend: "
+                "pass the model itself, not a wrapper, or set .config on it"
+            )
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(self.model).__name__} is an encoder-decoder: its decoder holds no visual tokens, but sees the "
+                "encoder's through cross attention. Use it without the exit"
+            )
         self.num_layers = len(self.decoder.layers)
         self._refuse_compiled(model)
         if getattr(self.decoder, "_dyvte_attached", False):
@@ -226,7 +240,7 @@ class VisualExit:
         self.visual_ids = None if visual_mask is not None else visual_token_ids(self.model)
         self.windows = sliding_windows(self.config, self.num_layers)
         self.min_layer = smallest_exit(self.model, self.decoder)
-        policy.check(self.num_layers, self.config.hidden_size, getattr(self.model.config, "_name_or_path", None))
+        policy.check(self.num_layers, self.config.hidden_size, getattr(config, "_name_or_path", None))
         if not isinstance(policy.lookahead, int) or policy.lookahead < 0:
             raise ValueError(
                 f"{type(policy).__name__}.lookahead must be 0 or more layers, not {policy.lookahead!r}: it counts the "
@@ -249,6 +263,7 @@ class VisualExit:
         self._masks: dict[tuple[int, int | None], Any] = {}
         self._inside = False
         self._consumed = True
+        self._turn = threading.RLock()
         self._hooks = []
         for module in dict.fromkeys([self.model, self.decoder]):
             names = list(inspect.signature(module.forward).parameters)
@@ -259,7 +274,7 @@ class VisualExit:
             self._hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
             self._hooks.append(layer.register_forward_hook(after, with_kwargs=True))
         self.decoder._dyvte_attached = True
-        self._guard_generate()
+        self._restore_generate = self._guard_generate()
         if isinstance(visual_mask, SplicedVisualMask):
             visual_mask.attach()
 
@@ -269,11 +284,17 @@ class VisualExit:
             hook.remove()
         if self._hooks:
             del self.decoder._dyvte_attached
-            self.model.__dict__.pop("generate", None)
+            self._restore_generate()
             if isinstance(self.visual_mask, SplicedVisualMask):
                 self.visual_mask.detach()
         self._hooks = []
         self._pass, self._calls, self._masks, self._generate_call = None, [], {}, {}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a model cannot be copied or pickled while a visual exit is attached, since the copy would run the "
+            "original's hooks: detach() the exit, or leave its with block, first"
+        )
 
     # Before any work: what cannot be right is refused.
 
@@ -296,7 +317,7 @@ class VisualExit:
                 "labels do not work with visual exit: the prediction of the first text token comes from a visual token "
                 "that is gone. Compute the loss from the logits of the text tokens, or detach the exit for training"
             )
-        for name in ("output_hidden_states", "output_attentions"):
+        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
             if value(name):
                 raise ValueError(
                     f"{name}=True does not work with visual exit: samples and layers hold different tokens. Leave it "
@@ -313,8 +334,7 @@ class VisualExit:
 
     def _refuse_batch(self, given: dict[str, Any], times: int = 1) -> None:
         """What does not fit the batch of a call, each sample of which becomes ``times`` rows."""
-        tokens = (given.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))
-        tokens = next((t for t in tokens if isinstance(t, torch.Tensor)), None)
+        tokens = self._prompt_tokens(given)
         mask, cache = given.get("attention_mask"), given.get("past_key_values")
         if isinstance(mask, torch.Tensor):
             past = cache.get_seq_length() if cache is not None else 0
@@ -326,11 +346,21 @@ class VisualExit:
         if tokens is not None:
             self.policy.check_rows(len(tokens) * times)
 
-    def _guard_generate(self) -> None:
-        """Refuses before images are encoded; chunks of a prompt would look like later turns to a forward hook."""
+    @staticmethod
+    def _prompt_tokens(given: dict[str, Any]) -> torch.Tensor | None:
+        """Ids or embeddings of the prompts that a call was given, one row per sample."""
+        tokens = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+        return next((t for t in tokens if isinstance(t, torch.Tensor)), None)
+
+    def _guard_generate(self) -> Callable[[], None]:
+        """Refuses before images are encoded; chunks of a prompt would look like later turns to a forward hook.
+
+        Returns:
+            what puts the model's own ``generate`` back.
+        """
         generate = getattr(self.model, "generate", None)
         if generate is None:
-            return
+            return lambda: None
         names = list(inspect.signature(generate).parameters)
 
         @functools.wraps(generate)
@@ -347,13 +377,14 @@ class VisualExit:
             self._refuse(given, defaults)
             counts = (given.get(name, getattr(defaults, name, None)) for name in ("num_beams", "num_return_sequences"))
             self._refuse_batch(given, max(count or 1 for count in counts))
-            self._generate_call = given
-            try:
-                return generate(*args, **kwargs)
-            finally:
-                self._generate_call = {}
+            with self._turn:  # threads take turns; a logits processor may generate within a generation
+                outer, self._generate_call = self._generate_call, given
+                try:
+                    return generate(*args, **kwargs)
+                finally:
+                    self._generate_call = outer
 
-        self.model.generate = guarded
+        return override(self.model, "generate", guarded)
 
     def _before_model(self, names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._consumed or module is self.model:  # some models call their inner one directly
@@ -445,6 +476,7 @@ class VisualExit:
         if run.planned is None:
             admitted = self.policy.admits(run.prompt.visual_state(hidden))
             if admitted is not None:
+                self._check_verdict("admits", admitted, batch)
                 run.prompt = dataclasses.replace(run.prompt, can_leave=run.prompt.can_leave & admitted.cpu())
             # Here the host waits anyway; later a GPU's queue would run dry.
             run.main.reader(run.prompt)
@@ -496,8 +528,11 @@ class VisualExit:
 
     def _visual(self, batch: int, length: int, device: torch.device) -> torch.Tensor:
         """bool [batch, length]"""
+        prompts = self._prompt_tokens(self._generate_call)
         if self.visual_mask is not None:
             mask = self.visual_mask(self._call) if callable(self.visual_mask) else self.visual_mask
+            if mask is self.visual_mask and prompts is not None and mask.shape[1] == prompts.shape[1] < length:
+                mask = nn.functional.pad(mask, (0, length - mask.shape[1]))  # guesses, or answers uncached
             if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape[-1] != length:
                 shape = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
                 raise ValueError(f"visual_mask must be bool [{batch}, {length}] like the prompt, not {shape}")
@@ -510,9 +545,10 @@ class VisualExit:
                     "(bool [batch, sequence], True at visual tokens) to visual_exit"
                 )
             mask = torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
-        if mask.ndim != 2 or len(mask) == 0 or batch % len(mask):
+        rows = {batch} if prompts is None else {batch, len(prompts)}  # beams and num_return_sequences multiply prompts
+        if mask.ndim != 2 or len(mask) not in rows or batch % len(mask):
             raise ValueError(f"visual_mask {list(mask.shape)} does not fit a batch of {batch}: one row per sample")
-        return mask.repeat_interleave(batch // len(mask), 0).to(device)  # beams and num_return_sequences
+        return mask.repeat_interleave(batch // len(mask), 0).to(device)
 
     def _valid(self, batch: int, length: int, mask: Any, device: torch.device) -> torch.Tensor:
         """bool [batch, length], past tokens included: what is not padding."""
@@ -621,11 +657,12 @@ class VisualExit:
             return
         state = reader(hidden)
         leaves = self.policy.leaves(layer, state)
-        if not isinstance(leaves, torch.Tensor) or leaves.dtype != torch.bool or leaves.shape != state.shape[:1]:
-            raise ValueError(
-                f"{type(self.policy).__name__}.leaves() must return bool [{len(state)}], one per state given"
-            )
+        self._check_verdict("leaves", leaves, len(state))
         run.verdicts[layer] = _Verdict(rows, leaves)
+
+    def _check_verdict(self, method: str, verdict: Any, rows: int) -> None:
+        if not isinstance(verdict, torch.Tensor) or verdict.dtype != torch.bool or verdict.shape != (rows,):
+            raise ValueError(f"{type(self.policy).__name__}.{method}() must return bool [{rows}], one per state given")
 
     def _arguments(
         self, index: int, group: _Group, hidden: torch.Tensor, kwargs: dict[str, Any], run: _PromptPass

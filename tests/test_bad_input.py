@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from families import FAMILIES, LAYERS
@@ -30,6 +33,18 @@ class Leaves(Plan):
 
     def leaves(self, layer, state):
         return self.planned
+
+
+class Admits(Leaves):
+    def admits(self, visual):
+        return self.planned
+
+
+class NoConfig(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList([nn.Linear(2, 2)])
 
 
 class Splices(nn.Module):
@@ -85,6 +100,27 @@ def flash(model):
     dyvte.attach(gemma, dyvte.FixedExit(2))
 
 
+def encoder_decoder(model):
+    model.config.is_encoder_decoder = True
+    try:
+        dyvte.attach(model, dyvte.FixedExit(2))
+    finally:
+        model.config.is_encoder_decoder = False
+
+
+def copied(how):
+    def run(model):
+        with dyvte.visual_exit(model, dyvte.FixedExit(2)):
+            how(model)
+
+    return run
+
+
+def half_heads():
+    config = dyvte.ExitHeadsConfig(num_layers=LAYERS, hidden_size=32)
+    return dyvte.LearnedExit(dyvte.ExitHeads(config).to(torch.bfloat16))
+
+
 def static():
     return StaticCache(config=FAMILY.build().config.text_config, max_cache_len=64)
 
@@ -117,6 +153,11 @@ BEFORE_ALL_WORK = {
     "a list for a visual mask": (attach(visual_mask=[True]), TypeError, "a bool tensor .* or a callable"),
     "a visual mask of ints": (attach(visual_mask=MASK.long()), ValueError, "must be bool .*, not torch.int64"),
     "a visual mask without a batch": (attach(visual_mask=MASK[0]), ValueError, r"bool \[batch, sequence\]"),
+    "a module without a config": (attach(model=NoConfig()), ValueError, "not a wrapper"),
+    "an encoder-decoder": (encoder_decoder, ValueError, "Use it without the exit"),
+    "heads in bfloat16": (attach(half_heads), ValueError, r"call heads.float\(\)"),
+    "a copy of a model with an exit": (copied(copy.deepcopy), TypeError, r"detach\(\) the exit"),
+    "a pickle of a model with an exit": (copied(pickle.dumps), TypeError, r"detach\(\) the exit"),
     "two exits on one model": (twice, ValueError, r"attached to this model already: detach\(\) it"),
     "flash attention with windows": (flash, ValueError, "attn_implementation='sdpa' or 'eager'"),
     "a splice method that is not there": (SplicedVisualMask, ValueError, "name the one that splices.*method="),
@@ -131,6 +172,7 @@ BEFORE_ALL_WORK = {
     "an offloaded cache": (forward(past_key_values=DynamicCache(offloading=True)), ValueError, "without offloading"),
     "a tuple for a cache": (forward(past_key_values=((None, None),)), ValueError, "use a DynamicCache"),
     "output_hidden_states": (forward(output_hidden_states=True), ValueError, "Leave it out, or detach"),
+    "output_router_logits": (forward(output_router_logits=True), ValueError, "Leave it out, or detach"),
     "output_attentions in generate": (generate(output_attentions=True), ValueError, "Leave it out, or detach"),
     "prefill in chunks": (generate(prefill_chunk_size=8), ValueError, "leave prefill_chunk_size unset"),
     "a static cache by name": (generate(cache_implementation="static"), ValueError, "leave cache_implementation unset"),
@@ -159,6 +201,13 @@ BEFORE_THE_DECODER = {
         ValueError,
         "batch of 3: one row per sample",
     ),
+    "fewer rows of a visual mask, no beams": (
+        forward(attached={"visual_mask": MASK.expand(2, -1)}, rows=4),
+        ValueError,
+        "batch of 4: one row per sample",
+    ),
+    "admits() of another shape": (forward(Admits(torch.ones(1, 1).bool())), ValueError, r"admits\(\) must return bool"),
+    "admits() with numbers": (forward(Admits(torch.ones(1))), ValueError, r"admits\(\) must return bool \[1\]"),
     "a callable that returns nothing": (
         forward(attached={"visual_mask": lambda call: None}),
         ValueError,

@@ -46,6 +46,15 @@ def test_exits_follow_the_heads(form, attention, lookahead):
     assert learned.tolist() == fixed.tolist()
 
 
+def test_autocast_leaves_decisions_in_float32():
+    model, inputs, seen = tiny_llava(), batch_of(*PROMPTS), []
+    heads = heads_for(model, inputs, "shared")
+    heads.heads.out.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), dyvte.visual_exit(model, dyvte.LearnedExit(heads)):
+        assert model(**inputs).logits.dtype == torch.bfloat16
+    assert seen and set(seen) == {torch.float32}
+
+
 def test_a_single_text_token_after_the_image_has_a_state():
     model, inputs = tiny_llava(), batch_of(prompt(6, 1))
     trace = dyvte.trace_batch(model, inputs)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from models import (
     tiny_llama,
     tiny_llava,
 )
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LogitsProcessor, StaticCache
 
 import dyvte
 from dyvte.layout import WithdrawnLayer
@@ -209,6 +211,87 @@ def test_interleaved_generations_keep_their_own_state():
         second, new = step(second, dyvte.FixedExit(exits[1]))
         together[1].append(new.tolist())
     assert together == apart
+
+
+class Watched(dyvte.ExitPolicy):
+    """Leaves after three layers; keeps the text states it was asked about first, at exit layer 1."""
+
+    def __init__(self):
+        self.states = []
+
+    def leaves(self, layer, state):
+        if layer == 1:
+            self.states.append(state)
+        return torch.full((len(state),), layer >= 3)
+
+
+class GeneratesWithin(LogitsProcessor):
+    def __init__(self, model, inputs, policy):
+        self.model, self.inputs, self.policy = model, inputs, policy
+
+    def __call__(self, input_ids, scores):
+        asked = len(self.policy.states)
+        self.model.generate(**self.inputs, max_new_tokens=1)
+        del self.policy.states[asked:]
+        return scores
+
+
+def test_a_generation_within_a_generation_leaves_the_outer_decision_alone():
+    model, inputs, policy = tiny_llava(), batch_of(prompt(3, 5)), Watched()
+    within = GeneratesWithin(model, batch_of(prompt(2, 3, seed=4)), policy)
+    with dyvte.visual_exit(model, policy):
+        model.generate(**inputs, max_new_tokens=4, use_cache=False, logits_processor=[within])
+    assert len(policy.states) == 4
+    for state in policy.states:  # generated tokens have no say
+        torch.testing.assert_close(state, policy.states[0], atol=1e-5, rtol=1e-4)
+
+
+def test_threads_take_turns_to_generate():
+    model, prompts = tiny_llava(), [batch_of(prompt(3, 5, seed=1)), batch_of(prompt(4, 4, seed=2))]
+    with dyvte.visual_exit(model, dyvte.FixedExit(2)):
+        alone = [model.generate(**inputs, max_new_tokens=6, do_sample=False).tolist() for inputs in prompts]
+        with ThreadPoolExecutor(2) as pool:
+            runs = [pool.submit(model.generate, **prompts[i % 2], max_new_tokens=6, do_sample=False) for i in range(20)]
+    assert [run.result().tolist() for run in runs] == alone * 10
+
+
+def test_an_own_generate_is_put_back():
+    model = tiny_llava()
+    own = functools.partial(model.generate, max_new_tokens=2)
+    model.generate = own
+    with dyvte.visual_exit(model, dyvte.FixedExit(2)):
+        assert model.generate(**batch_of(prompt(3, 5))).shape[1] == 3 + 16 + 5 + 2
+    assert model.generate is own
+
+
+@pytest.mark.parametrize("exits", [[2, 2], [2, 4]])
+def test_a_later_mask_may_hide_earlier_tokens(exits):
+    inputs = batch_of(prompt(6, 5, seed=1), prompt(4, 3, seed=2))
+    length, exits = inputs["input_ids"].shape[1], torch.tensor(exits)
+
+    def logits(model, how):
+        with torch.no_grad(), how:
+            cache = model(**inputs, use_cache=True).past_key_values
+            mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1).long()], 1)
+            mask[:, : length - 2] = 0
+            following = {"input_ids": torch.tensor([[5], [6]]), "position_ids": torch.full((2, 1), length)}
+            return model(**following, attention_mask=mask, past_key_values=cache).logits
+
+    eager, model = tiny_llava("eager"), tiny_llava()
+    expected = logits(eager, masked_visual_columns(eager, inputs["input_ids"] == IMAGE_ID, exits))
+    torch.testing.assert_close(
+        logits(model, dyvte.visual_exit(model, dyvte.FixedExit(exits))), expected, atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("mode", [{"use_cache": False}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}])
+def test_a_visual_mask_of_the_prompt_serves_the_whole_generation(mode):
+    model, inputs = tiny_llava(), batch_of(prompt(3, 5))
+    mask = inputs["input_ids"] == IMAGE_ID
+    with dyvte.visual_exit(model, dyvte.FixedExit(2)):
+        expected = model.generate(**inputs, max_new_tokens=5, do_sample=False, **mode)
+    with dyvte.visual_exit(model, dyvte.FixedExit(2), visual_mask=mask):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False, **mode), expected)
 
 
 def test_a_bare_decoder_with_inputs_embeds():
