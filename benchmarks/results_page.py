@@ -173,22 +173,19 @@ def prefill(result: dict[str, Any]) -> list[str]:
         for name, title in allocators.items()
         if name in mixed
     ]
-    on_cpu = "CPU" in result["hardware"]
-    laps = (
-        "A run's time is the sum of the medians of its laps, two for every decoder layer, with the allocator told to "
-        "keep its memory. "
-    )
+    laps = "A run's time is the sum of the medians of its laps, two for every decoder layer, with memory kept. "
+    laps = laps if "memory_kept" in mixed else ""
     rounds = ", ".join(f"{case['rounds']} at batch {case['batch']}" for case in result["single"])
     return [
         "## Does saved work become saved time?",
         "",
         f"{result['decoder']}; {result['hardware']}, {result['threads']} thread. Runs alternate in an order that is "
         f"drawn anew for every round ({rounds}); in brackets where a figure lies at 90 % confidence, by bootstrap over "
-        f"the rounds. {laps if on_cpu else ''}*At most* is time ÷ FLOPs of a prompt of the text alone: what a layer "
-        "takes on so few rows sets it, and no exit can pass it. *Heads ÷ known exits* is what deciding costs; *in "
-        "place* counts only the time that is spent before the layers, where the heads are asked, and so is free of "
-        "what else the machine did. The last column is the way of the original (eager attention that returns its maps, "
-        "rows sliced off) over ours at the same exit layer.",
+        f"the rounds. {laps}*At most* is time ÷ FLOPs of a prompt of the text alone: what a layer takes on so few rows "
+        "sets it; what lies beyond it is noise. *Heads ÷ known exits* is what deciding costs; *in place* counts only "
+        "the time that is spent before the layers, where the heads are asked, and so is free of what else the machine "
+        "did. The last column is the way of the original (eager attention that returns its maps, rows sliced off) over "
+        "ours at the same exit layer, timed after the others in fewer rounds.",
         *grid(titles, rows),
         "",
         f"A batch of 8 that leaves at layers {mixed['exits']} costs {mixed['flops_over_sum_alone']:.3f} of the sum of "
@@ -200,7 +197,7 @@ def prefill(result: dict[str, Any]) -> list[str]:
         f"Its cache holds {mixed['cache_over_sum_alone']:.2f} times what the samples need alone: rows of one layer "
         "share a width.",
         "",
-        f"![prefill](../benchmarks/results/{'prefill' if on_cpu else 'prefill_gpu'}.png)",
+        f"![prefill](../benchmarks/results/{'prefill' if 'CPU' in result['hardware'] else 'prefill_gpu'}.png)",
     ]
 
 

@@ -212,7 +212,7 @@ COLUMNS = [
     ("exit", "mean exit"),
     ("visual", "visual layers removed"),
     ("flops", "FLOPs removed"),
-    ("cache", "KV cache removed"),
+    ("cache", "KV cache removed, sample by sample"),
     ("prefill", "prefill time"),
     ("decoder", "its decoder part"),
     ("decode", "decode time"),

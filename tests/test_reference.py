@@ -49,21 +49,18 @@ def test_its_report_passes_the_bar():
     assert min(report["by_kind"].values()) >= 0.85
 
 
-def test_the_use_shown_in_the_readme(mllm, monkeypatch):
+def test_the_use_shown_in_the_readme(monkeypatch):
     monkeypatch.chdir(ROOT)
-    model, processor = mllm
-    samples = load_samples({"scenes": {"split": "test", "n": 48, "seed": 7}})[:]
-    names = {"model": model, "inputs": encode(processor, samples)}
+    names: dict = {}
     with torch.no_grad():
-        dense = model.generate(**names["inputs"], max_new_tokens=16)
         exec(readme_code("python")[0], names)
-    width = min(dense.shape[1], names["output"].shape[1])
-    assert (dense[:, :width] == names["output"][:, :width]).all(1).float().mean() >= 0.9
-    layers = names["exits"].layers
+        dense = names["model"].generate(**names["inputs"], max_new_tokens=16)
+    output, layers, samples = names["output"], names["exits"].layers, names["samples"]
+    width = min(dense.shape[1], output.shape[1])
+    assert (dense[:, :width] == output[:, :width]).all(1).float().mean() >= 0.9
     assert layers.shape == (48,) and len(set(layers.tolist())) > 2 and layers.float().mean() < 7
-    right = processor.batch_decode(
-        names["output"][:, names["inputs"]["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    answers = output[:, names["inputs"]["input_ids"].shape[1] :]
+    right = names["processor"].batch_decode(answers, skip_special_tokens=True)
     assert sum(said.strip() == sample.answers[0] for said, sample in zip(right, samples)) >= 44
 
 
