@@ -269,6 +269,7 @@ class VisualExit:
             names = list(inspect.signature(module.forward).parameters)
             before = functools.partial(self._before_model, names)
             self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._hooks.append(self.model.register_forward_hook(self._after_model, always_call=True))
         for index, layer in enumerate(self.decoder.layers):
             before, after = functools.partial(self._before_layer, index), functools.partial(self._after_layer, index)
             self._hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
@@ -395,6 +396,10 @@ class VisualExit:
             self._refuse_batch(given)
         self._calls.append(given)
 
+    def _after_model(self, *_: Any) -> None:
+        """Also where a call failed half-way: the next one must not take its arguments for its own."""
+        self._calls, self._pass, self._masks, self._consumed = [], None, {}, True
+
     @property
     def _call(self) -> dict[str, Any]:
         """The keyword arguments of the call, outermost first."""
@@ -499,8 +504,7 @@ class VisualExit:
         They go with the text but have no say in the decision, which is that of the prompt alone.
         """
         ids = self._calls[0].get("input_ids") if self._calls else None
-        given = self._generate_call
-        prompt = next((given[n] for n in ("inputs", "input_ids") if given.get(n) is not None), None)
+        prompt = self._prompt_tokens(self._generate_call)
         if prompt is None or not isinstance(ids, torch.Tensor) or ids.shape[1] != length:
             return None
         if prompt.shape[1] >= past + length:

@@ -361,6 +361,22 @@ def test_nothing_of_a_call_outlives_it():
         assert cache() is None and pixels() is None
 
 
+def test_nothing_of_a_failed_call_outlives_it():
+    model, inputs = tiny_llava(), batch_of(prompt(3, 5))
+    pixels = weakref.ref(inputs["pixel_values"])
+    other = torch.randn(1, inputs["input_ids"].shape[1], 32)
+    with torch.no_grad(), dyvte.visual_exit(model, dyvte.FixedExit(2)):
+        failing = model.model.vision_tower.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**inputs)
+        failing.remove()
+        del inputs
+        gc.collect()
+        assert pixels() is None
+        with pytest.raises(ValueError, match="pass visual_mask"):  # the ids of the failed call say nothing about these
+            model.get_decoder()(inputs_embeds=other)
+
+
 def test_layers_that_share_columns_go_on_sharing_them():
     """Beams reorder the cache at every step; a set of columns must not become one for each layer."""
     keep = torch.tensor([[True, False, True], [False, True, True]])
