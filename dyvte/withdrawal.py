@@ -263,12 +263,13 @@ class VisualExit:
         self._masks: dict[tuple[int, int | None], Any] = {}
         self._inside = False
         self._consumed = True
-        self._turn = threading.RLock()
+        self._turn = threading.RLock()  # what a call is doing is kept here, so threads take turns
         self._hooks = []
         for module in dict.fromkeys([self.model, self.decoder]):
             names = list(inspect.signature(module.forward).parameters)
             before = functools.partial(self._before_model, names)
             self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._hooks.append(self.model.register_forward_pre_hook(self._take_turn, prepend=True))
         self._hooks.append(self.model.register_forward_hook(self._after_model, always_call=True))
         for index, layer in enumerate(self.decoder.layers):
             before, after = functools.partial(self._before_layer, index), functools.partial(self._after_layer, index)
@@ -378,7 +379,7 @@ class VisualExit:
             self._refuse(given, defaults)
             counts = (given.get(name, getattr(defaults, name, None)) for name in ("num_beams", "num_return_sequences"))
             self._refuse_batch(given, max(count or 1 for count in counts))
-            with self._turn:  # threads take turns; a logits processor may generate within a generation
+            with self._turn:  # a logits processor may generate within a generation
                 outer, self._generate_call = self._generate_call, given
                 try:
                     return generate(*args, **kwargs)
@@ -396,9 +397,13 @@ class VisualExit:
             self._refuse_batch(given)
         self._calls.append(given)
 
+    def _take_turn(self, *_: Any) -> None:
+        self._turn.acquire()
+
     def _after_model(self, *_: Any) -> None:
         """Also where a call failed half-way: the next one must not take its arguments for its own."""
         self._calls, self._pass, self._masks, self._consumed = [], None, {}, True
+        self._turn.release()
 
     @property
     def _call(self) -> dict[str, Any]:

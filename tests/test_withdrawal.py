@@ -255,6 +255,24 @@ def test_threads_take_turns_to_generate():
     assert [run.result().tolist() for run in runs] == alone * 10
 
 
+def test_threads_take_turns_to_call():
+    model, prompts = tiny_llava(), [batch_of(prompt(3, 5, seed=1)), batch_of(prompt(4, 4, seed=2))]
+
+    @torch.no_grad()
+    def call(inputs, **changes):
+        return model(**inputs | changes).logits
+
+    with dyvte.visual_exit(model, dyvte.FixedExit(2)):
+        alone = [call(inputs) for inputs in prompts]
+        with ThreadPoolExecutor(2) as pool:
+            runs = [pool.submit(call, prompts[i % 2]) for i in range(60)]
+            refused = pool.submit(call, prompts[0], labels=prompts[0]["input_ids"])
+            later = pool.submit(call, prompts[1])
+        for i, run in enumerate(runs):
+            torch.testing.assert_close(run.result(), alone[i % 2], atol=1e-5, rtol=1e-4)
+        assert isinstance(refused.exception(), ValueError) and torch.equal(later.result(), alone[1])
+
+
 def test_an_own_generate_is_put_back():
     model = tiny_llava()
     own = functools.partial(model.generate, max_new_tokens=2)
