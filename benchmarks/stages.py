@@ -17,7 +17,7 @@ import dyvte
 from dyvte.data import encode, load_samples
 
 ROOT = Path(__file__).parents[1]
-BATCH, REPEATS, TOKENS = 32, 15, 4
+BATCH, REPEATS, TOKENS = 32, 75, 4
 
 
 @torch.no_grad()

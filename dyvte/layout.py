@@ -118,15 +118,14 @@ class WithdrawnLayer(DynamicLayer):
         Args:
             attention_mask: [batch, full length], as the model got it; None where nothing is padding.
         """
-        later = None if attention_mask is None else attention_mask[:, self.end :].bool()
-        if later is None and not self.columns.ragged:
+        if attention_mask is None and not self.columns.ragged:
             return None
-        valid = self.columns.valid
-        if later is None or later.shape[1] != self.later + new:
-            later = valid.new_ones(len(valid), self.later + new)
-        else:  # a call may hide tokens that an earlier one showed
-            valid = valid & attention_mask.bool().to(valid.device).gather(1, self.columns.index)
-        return torch.cat([valid, later.to(valid.device)], 1)
+        valid, later = self.columns.valid, self.later + new
+        if attention_mask is None or attention_mask.shape[1] != self.end + later:
+            return torch.cat([valid, valid.new_ones(len(valid), later)], 1)
+        shown = attention_mask.to(valid.device, torch.bool)
+        # A call may hide tokens that an earlier one showed.
+        return torch.cat([valid & shown.gather(1, self.columns.index), shown[:, self.end :]], 1)
 
     def mask(
         self,
@@ -143,13 +142,12 @@ class WithdrawnLayer(DynamicLayer):
         Args:
             own: what the model made for this layer, as if its cache were not compact.
         """
-        new = hidden.shape[1]
-        padding = self.padding_mask(attention_mask, new)
-        kind = config._attn_implementation
+        new, kind = hidden.shape[1], config._attn_implementation
         # A single token sees all that is held. The general way would ask the device whether anything is padding, once
         # for every set of columns, at every step; where the model made no mask, it has asked.
         if new == 1 and window is None and not self.columns.ragged and own is None and kind == "sdpa":
             return None
+        padding = self.padding_mask(attention_mask, new)
         if new == 1 and window is None and self.columns.ragged and kind in ("sdpa", "eager"):
             allowed = padding[:, None, None, :].to(hidden.device)
             return allowed if kind == "sdpa" else _additive(allowed, hidden.dtype)
