@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from shapes import record
 
-from dyvte.calibration import calibrate, disagreement, exits_at
-from dyvte.fitting import FitSettings, fit_heads, logits_of, probability_of
-from dyvte.heads import ExitHeads
-from dyvte.traces import TraceSet, load_traces
+from dyvte.heads.model import ExitHeads
+from dyvte.training.calibrate import calibrate, disagreement, exits_at
+from dyvte.training.fit import FitSettings, fit_heads, logits_of, probability_of
+from dyvte.training.store import TraceSet, load_traces
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs/traces"

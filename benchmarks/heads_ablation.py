@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from shapes import record
 
-from dyvte.calibration import calibrate, compare
-from dyvte.fitting import FitSettings, fit_heads, quality
-from dyvte.traces import load_traces
+from dyvte.training.calibrate import calibrate, compare
+from dyvte.training.fit import FitSettings, fit_heads, quality
+from dyvte.training.store import load_traces
 
 RUNS = Path(__file__).parents[1] / "runs/traces"
 VARIANTS = {

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from shapes import record
 
-from dyvte.calibration import calibrate, compare
-from dyvte.fitting import FitSettings, fit_heads, quality
-from dyvte.heads import ExitHeads, ExitHeadsConfig
-from dyvte.traces import load_traces
+from dyvte.heads.model import ExitHeads, ExitHeadsConfig
+from dyvte.training.calibrate import calibrate, compare
+from dyvte.training.fit import FitSettings, fit_heads, quality
+from dyvte.training.store import load_traces
 
 RUNS = Path(__file__).parents[1] / "runs/traces"
 FORMS = {"shared": {"width": 128}, "original": {"width": 2048}}

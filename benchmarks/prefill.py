@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 import dyvte
-from dyvte.flops import prefill_flops
+from dyvte.evaluation.costs import prefill_flops
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -14,10 +14,10 @@ import matplotlib
 import torch
 from shapes import RESULTS, record
 
-from dyvte.calibration import clopper_pearson, exits_at, oracle_exits, threshold_grid
-from dyvte.fitting import probability_of
-from dyvte.heads import ExitHeads, boldest_safe
-from dyvte.traces import load_traces
+from dyvte.heads.model import ExitHeads, boldest_safe
+from dyvte.training.calibrate import clopper_pearson, exits_at, oracle_exits, threshold_grid
+from dyvte.training.fit import probability_of
+from dyvte.training.store import load_traces
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -14,8 +14,8 @@ from datasets import Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from dyvte import data
-from dyvte.metrics import METRICS
+from dyvte.data import sources as data
+from dyvte.evaluation.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "train"))

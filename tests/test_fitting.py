@@ -8,7 +8,9 @@ import pytest
 import torch
 from models import LAYERS, tiny_llava
 
-from dyvte.calibration import (
+from dyvte.heads.model import ExitHeads, boldest_safe
+from dyvte.methods.exits import LearnedExit
+from dyvte.training.calibrate import (
     calibrate,
     clopper_pearson,
     compare,
@@ -18,10 +20,8 @@ from dyvte.calibration import (
     risk_curve,
     samples_needed,
 )
-from dyvte.fitting import FitSettings, exit_labels, features_of, fit_heads, logits_of, probability_of, quality
-from dyvte.heads import ExitHeads, boldest_safe
-from dyvte.policies import LearnedExit
-from dyvte.traces import TraceSet
+from dyvte.training.fit import FitSettings, exit_labels, features_of, fit_heads, logits_of, probability_of, quality
+from dyvte.training.store import TraceSet
 
 SIZE = 12
 

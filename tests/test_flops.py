@@ -8,7 +8,7 @@ from models import LAYERS, PATCHES, batch_of, llama_config, prompt, tiny_llava
 from torch.utils.flop_counter import FlopCounterMode
 
 import dyvte
-from dyvte.flops import prefill_flops
+from dyvte.evaluation.costs import prefill_flops
 
 
 def counted(model, inputs) -> int:

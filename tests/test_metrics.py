@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dyvte.metrics import METRICS, MultipleChoice, YesNo, build_metric, normalise_vqa, says
+from dyvte.evaluation.metrics import METRICS, MultipleChoice, YesNo, build_metric, normalise_vqa, says
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import yaml
 from safetensors.torch import save_file
 
 import dyvte
-from dyvte.cli import COMMANDS, main, read_config
-from dyvte.data import load_samples
-from dyvte.traces import load_traces, write_traces
+from dyvte.cli.main import COMMANDS, main, read_config
+from dyvte.data.sources import load_samples
+from dyvte.training.store import load_traces, write_traces
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "train"))
@@ -76,7 +76,7 @@ def held_out(mllm, tmp_path_factory):
 def test_a_trace_is_what_generation_does(mllm, traces):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from dyvte.data import encode
+    from dyvte.data.sources import encode
 
     loaded = load_traces(traces)
     assert loaded.state.shape == (300, LAYERS, 32) and loaded.state.dtype == torch.float16
@@ -106,7 +106,7 @@ def test_a_trace_is_what_generation_does(mllm, traces):
 
 def test_traces_go_on_where_they_stopped(mllm, tmp_path, monkeypatch):
     trace(mllm, tmp_path / "once")
-    import dyvte.traces as module
+    import dyvte.training.store as module
 
     real, calls = module._trace_samples, []
 

@@ -13,9 +13,9 @@ from families import FAMILIES
 from models import IMAGE_ID, LAYERS, PATCHES, batch_of, llama_config, prompt, tiny_llama, tiny_llava
 
 import dyvte
-from dyvte.flops import layer_flops, prefill_flops
-from dyvte.pruning import FastV, Pruning, RandomPruning, visual_pruning
-from dyvte.tokens import find_decoder
+from dyvte.evaluation.costs import layer_flops, prefill_flops
+from dyvte.methods.pruning import FastV, Pruning, RandomPruning, visual_pruning
+from dyvte.runtime.tokens import find_decoder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 RAGGED = [prompt(3, 5, seed=1), prompt(1, 9, seed=2), prompt(6, 1, seed=3), prompt(2, 4, images=2, seed=4)]
@@ -408,8 +408,8 @@ def test_as_policies_of_evaluate(tmp_path):
     from reference_mllm import build_model, build_processor
     from test_evaluation import SETTINGS
 
-    from dyvte.data import load_samples
-    from dyvte.evaluation import evaluate
+    from dyvte.data.sources import load_samples
+    from dyvte.evaluation.runner import evaluate
 
     torch.manual_seed(0)
     processor = build_processor(9)

@@ -9,12 +9,12 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from dyvte.evaluation import summarise
-from dyvte.metrics import build_metric
-from dyvte.report import _families as families
-from dyvte.report import _front as front
-from dyvte.report import _read as read_run
-from dyvte.report import example_cards, plot_exit_layers, plot_reliability, plot_risk, report
+from dyvte.evaluation.metrics import build_metric
+from dyvte.evaluation.runner import summarise
+from dyvte.report.page import _families as families
+from dyvte.report.page import _front as front
+from dyvte.report.page import _read as read_run
+from dyvte.report.page import example_cards, plot_exit_layers, plot_reliability, plot_risk, report
 
 LAYERS = 4
 KINDS = ("none at all", "one_spot")

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import dyvte
-from dyvte.tokens import SplicedVisualMask, find_decoder
+from dyvte.runtime.tokens import SplicedVisualMask, find_decoder
 
 SENTINEL, IGNORE, TOKENS, CONTEXT, STEPS = -200, -100, 7, 90, 5
 

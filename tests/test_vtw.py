@@ -9,8 +9,8 @@ import torch
 from models import batch_of, prompt, tiny_llava
 
 import dyvte
-from dyvte.traces import TraceSet
-from dyvte.vtw import ETA, calibrate, choose_exit, vtw_exit
+from dyvte.training.store import TraceSet
+from dyvte.training.vtw import ETA, calibrate, choose_exit, vtw_exit
 
 LAYERS, N = 8, 60
 

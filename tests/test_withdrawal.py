@@ -23,8 +23,8 @@ from models import (
 from transformers import DynamicCache, LogitsProcessor, StaticCache
 
 import dyvte
-from dyvte.layout import WithdrawnLayer
-from dyvte.tokens import Columns
+from dyvte.runtime.layout import WithdrawnLayer
+from dyvte.runtime.tokens import Columns
 
 RAGGED = [prompt(3, 5, seed=1), prompt(1, 9, seed=2), prompt(6, 1, seed=3), prompt(2, 4, images=2, seed=4)]
 STEPS = 6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from dyvte.cli import main
+from dyvte.cli.main import main
 
 if __name__ == "__main__":
     main(["trace", *sys.argv[1:]])

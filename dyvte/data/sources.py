@@ -31,7 +31,7 @@ import yaml
 from PIL import Image
 from transformers import BatchFeature
 
-from dyvte import scenes
+from dyvte.data import scenes
 
 KEYS = {
     "path": "hub id or local folder",
@@ -204,7 +204,7 @@ class Source(Sequence[Sample]):
 
 
 class SceneSamples(Source):
-    """The project's scenes of handwritten digits (see :mod:`dyvte.scenes`)."""
+    """The project's scenes of handwritten digits (see :mod:`dyvte.data.scenes`)."""
 
     def __init__(self, config: Mapping[str, Any]):
         settings = config["scenes"]

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dyvte.layout import compact_arguments, compact_mask, layer_call
-from dyvte.tokens import Columns, Prompt, find_decoder, underlying_model, visual_tokens
+from dyvte.runtime.layout import compact_arguments, compact_mask, layer_call
+from dyvte.runtime.tokens import Columns, Prompt, find_decoder, underlying_model, visual_tokens
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Trace:
     """What one pass teaches. Column e - 1 stands for exit layer e = 1 ... L; e = L is the dense model itself.
 
     Attributes:
-        state: float32 [batch, L, 2d], the text state after every layer (:meth:`dyvte.tokens.Prompt.text_state`).
+        state: float32 [batch, L, 2d], the text state after every layer (``Prompt.text_state``).
         visual: float32 [batch, d], the mean of the visual tokens before the first layer.
         agreement: float32 [batch, L], the share of answer tokens whose most likely token is the dense model's.
         nll: float32 [batch, L], negative log-likelihood of the answer, nats per token.

@@ -21,7 +21,8 @@ from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from dyvte.layout import (
+from dyvte.methods.exits import ExitPolicy
+from dyvte.runtime.layout import (
     WithdrawnLayer,
     compact_arguments,
     compact_mask,
@@ -31,8 +32,7 @@ from dyvte.layout import (
     select_rows,
     sliding_windows,
 )
-from dyvte.policies import ExitPolicy
-from dyvte.tokens import (
+from dyvte.runtime.tokens import (
     Columns,
     Prompt,
     SplicedVisualMask,
@@ -59,10 +59,10 @@ def visual_exit(
     Args:
         model: any MLLM of transformers, or a decoder-only model fed with ``inputs_embeds``; the one whose ``generate``
             or ``forward`` is called, not a part of it, whose caller could not be checked.
-        policy: see :mod:`dyvte.policies`.
+        policy: see :mod:`dyvte.methods.exits`.
         visual_mask: bool [batch, sequence], True at visual tokens, where ``input_ids`` cannot show them; or a callable
             that gets the keyword arguments of the model's call (those of ``generate`` included) and returns it, such
-            as :class:`~dyvte.tokens.SplicedVisualMask`. A tensor describes the first prompt of a conversation.
+            as :class:`~dyvte.runtime.tokens.SplicedVisualMask`. A tensor describes the first prompt of a conversation.
         decoder: the module that owns the decoder layers as ``.layers``, or the dotted path to it from ``model``; found
             by itself in models of transformers.
 

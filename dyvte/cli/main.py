@@ -218,7 +218,7 @@ def as_list(value: Any) -> list[Any]:
 
 def data_config(config: dict[str, Any]) -> dict[str, Any]:
     """The data of a command, from a file if it names one; the command's own scoring keys win over the data's."""
-    from dyvte.data import read_config as read_data
+    from dyvte.data.sources import read_config as read_data
 
     data = read_data(config["data"])
     for key, default in (("max_new_tokens", 16), ("metric", "exact_match")):
@@ -228,8 +228,8 @@ def data_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def trace(config: dict[str, Any]) -> None:
-    from dyvte.data import fingerprint, load_samples
-    from dyvte.traces import write_traces
+    from dyvte.data.sources import fingerprint, load_samples
+    from dyvte.training.store import write_traces
 
     data = data_config(config)
     samples = load_samples(data)
@@ -251,10 +251,10 @@ def trace(config: dict[str, Any]) -> None:
 
 
 def train(config: dict[str, Any]) -> None:
-    from dyvte.calibration import calibrate as set_threshold
-    from dyvte.calibration import compare
-    from dyvte.fitting import FitSettings, fit_heads, quality
-    from dyvte.traces import load_traces
+    from dyvte.training.calibrate import calibrate as set_threshold
+    from dyvte.training.calibrate import compare
+    from dyvte.training.fit import FitSettings, fit_heads, quality
+    from dyvte.training.store import load_traces
 
     try:
         settings = FitSettings(**config["fit"])
@@ -277,7 +277,7 @@ def train(config: dict[str, Any]) -> None:
 
 def calibrate(config: dict[str, Any]) -> None:
     if config["policy"] == "vtw":
-        from dyvte.vtw import calibrate as choose_layer
+        from dyvte.training.vtw import calibrate as choose_layer
 
         print(
             json.dumps(choose_layer(as_list(config["traces"]), config["output"], **config["vtw"]).as_dict(), indent=2)
@@ -287,9 +287,9 @@ def calibrate(config: dict[str, Any]) -> None:
         raise ValueError(f"policy must be learned or vtw, not {config['policy']!r}")
     if config["heads"] is None:
         raise ValueError("`dyvte calibrate` needs heads=FOLDER, or policy=vtw")
-    from dyvte.calibration import calibrate as set_threshold
-    from dyvte.heads import ExitHeads
-    from dyvte.traces import load_traces
+    from dyvte.heads.model import ExitHeads
+    from dyvte.training.calibrate import calibrate as set_threshold
+    from dyvte.training.store import load_traces
 
     heads = ExitHeads.from_pretrained(config["heads"])
     set_threshold(heads, load_traces(*as_list(config["traces"])), config["alpha"], config["delta"])
@@ -300,10 +300,10 @@ def calibrate(config: dict[str, Any]) -> None:
 
 def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any]:
     """Policies by name from a config; the part of a name before the first dash says what it is."""
-    from dyvte.heads import ExitHeads
-    from dyvte.policies import FixedExit, LearnedExit, NeverExit, RandomExit
-    from dyvte.pruning import FastV, RandomPruning
-    from dyvte.vtw import vtw_exit
+    from dyvte.heads.model import ExitHeads
+    from dyvte.methods.exits import FixedExit, LearnedExit, NeverExit, RandomExit
+    from dyvte.methods.pruning import FastV, RandomPruning
+    from dyvte.training.vtw import vtw_exit
 
     makers = {"fixed": FixedExit, "random": RandomExit, "never": NeverExit, "learned": LearnedExit, "oracle": oracle}
     makers |= {"vtw": vtw_exit, "fastv": FastV, "prune": RandomPruning}
@@ -329,9 +329,9 @@ def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any
 
 def oracle(traces: str | list[str]) -> Any:
     """The earliest exit that keeps each sample's answer, looked up in traces of the same samples."""
-    from dyvte.calibration import oracle_exits
-    from dyvte.evaluation import PerSampleExit
-    from dyvte.traces import load_traces
+    from dyvte.evaluation.runner import PerSampleExit
+    from dyvte.training.calibrate import oracle_exits
+    from dyvte.training.store import load_traces
 
     known = load_traces(*as_list(traces))
     exits = oracle_exits(known.agreement >= 1).tolist()
@@ -339,8 +339,8 @@ def oracle(traces: str | list[str]) -> Any:
 
 
 def evaluate(config: dict[str, Any]) -> None:
-    from dyvte.data import load_samples
-    from dyvte.evaluation import evaluate as run
+    from dyvte.data.sources import load_samples
+    from dyvte.evaluation.runner import evaluate as run
 
     data = data_config(config)
     policies = make_policies(config["policies"], config["heads"])
@@ -365,7 +365,7 @@ def evaluate(config: dict[str, Any]) -> None:
 
 def _write_promise(heads: str, folder: Path) -> None:
     """Puts what the heads' calibration left beside the results, for the report."""
-    from dyvte.heads import ExitHeads
+    from dyvte.heads.model import ExitHeads
 
     found = ExitHeads.from_pretrained(heads).config
     if found.calibration and "curve" in found.calibration:
@@ -375,8 +375,8 @@ def _write_promise(heads: str, folder: Path) -> None:
 
 
 def inspect(config: dict[str, Any]) -> None:
-    from dyvte.data import load_samples
-    from dyvte.inspection import inspect_model
+    from dyvte.data.sources import load_samples
+    from dyvte.evaluation.inspection import inspect_model
 
     data = data_config(config)
     samples = load_samples(data)
@@ -395,13 +395,13 @@ def inspect(config: dict[str, Any]) -> None:
 
 
 def report(config: dict[str, Any]) -> None:
-    from dyvte.report import report as write
+    from dyvte.report.page import report as write
 
     print(write(config["directory"]))
 
 
 def convert(config: dict[str, Any]) -> None:
-    from dyvte.heads import ExitHeads
+    from dyvte.heads.model import ExitHeads
 
     path = Path(config["weights"])
     if not path.is_file():
@@ -418,7 +418,7 @@ def convert(config: dict[str, Any]) -> None:
 
 
 def demo(config: dict[str, Any]) -> None:
-    from dyvte.demo import run
+    from dyvte.cli.demo import run
 
     run(**{key: value for key, value in config.items() if key != "threads"})
 

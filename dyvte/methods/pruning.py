@@ -16,18 +16,18 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig
 
-from dyvte.attention import AttentionRows, call_arguments, find_attention
-from dyvte.flops import layer_flops, prefill_flops
-from dyvte.policies import ExitPolicy, NeverExit
-from dyvte.tokens import Columns, find_decoder, smallest_exit, underlying_model
-from dyvte.withdrawal import VisualExit, VisualMask
+from dyvte.evaluation.costs import layer_flops, prefill_flops
+from dyvte.methods.exits import ExitPolicy, NeverExit
+from dyvte.runtime.attention import AttentionRows, call_arguments, find_attention
+from dyvte.runtime.tokens import Columns, find_decoder, smallest_exit, underlying_model
+from dyvte.runtime.withdrawal import VisualExit, VisualMask
 
 
 @dataclass
 class Pruning:
     """Keeps a share of each sample's visual tokens after ``layer`` layers; subclasses say which.
 
-    Calling it with a model gives the context manager, so it works as a policy of :func:`dyvte.evaluation.evaluate`.
+    Calling it with a model gives the context manager, so it works as a policy of ``dyvte.evaluation.evaluate``.
 
     Attributes:
         layer: K, how many decoder layers see all visual tokens, 1 ... L, counted as exit layers are.
@@ -83,7 +83,7 @@ class Pruning:
         return whole * visual + (exit_layer - whole) * self.count(visual)
 
     def prefill_flops(self, config: PreTrainedConfig, text: int, visual: int, exit_layer: int) -> int:
-        """Like :func:`dyvte.flops.prefill_flops`, with pruning: all tokens, then the kept ones, then text alone.
+        """Like ``costs.prefill_flops``, with pruning: all tokens, then the kept ones, then text alone.
 
         What it takes to read a row of attention (the keys of one layer a second time, one query) is counted as well.
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from scipy.stats import beta
 
-from dyvte.fitting import probability_of
-from dyvte.heads import ExitHeads, boldest_safe
-from dyvte.traces import TraceSet
+from dyvte.heads.model import ExitHeads, boldest_safe
+from dyvte.training.fit import probability_of
+from dyvte.training.store import TraceSet
 
 
 @dataclass

@@ -17,9 +17,9 @@ from datasets.arrow_writer import ArrowWriter
 from torch import nn
 from tqdm.auto import tqdm
 
-from dyvte.data import GREEDY, Sample, encode
-from dyvte.tokens import find_decoder, smallest_exit, underlying_model, visual_tokens
-from dyvte.tracing import trace_batch
+from dyvte.data.sources import GREEDY, Sample, encode
+from dyvte.runtime.tokens import find_decoder, smallest_exit, underlying_model, visual_tokens
+from dyvte.training.trace import trace_batch
 from dyvte.version import __version__
 
 ANSWERS = ("dense", "dataset")
@@ -34,7 +34,7 @@ class TraceSet:
     Attributes:
         state: float16 [n, L, 2d].
         visual: float16 [n, d].
-        agreement, nll, kl: float32 [n, L]; column e - 1 stands for exit layer e, see :class:`dyvte.tracing.Trace`.
+        agreement, nll, kl: float32 [n, L]; column e - 1 stands for exit layer e, see ``trace.Trace``.
         dense_nll: float32 [n].
         rows: per sample its id, kind, question, answer, dense answer and token counts.
         provenance: model, revision, data, dtype and versions.

@@ -53,7 +53,7 @@ class ExitHeadsConfig(PreTrainedConfig):
         width: inner width; 128 for "shared", 2048 in the original.
         base_model, base_revision: the model the heads were trained for, by hub id or path, and its revision.
         text_state: the recipe of the text state.
-        label_rule: what "the visual tokens can leave" meant in training, see :func:`dyvte.fitting.exit_labels`.
+        label_rule: what "the visual tokens can leave" meant in training, see :func:`dyvte.training.fit.exit_labels`.
         threshold: probability that must be exceeded to exit.
         min_layer: the smallest exit layer the base model allows (more than 1 where visual features enter later layers).
         lookahead: exit layer e is decided from the text state after e - lookahead layers; 0 in the papers. With 1 the
@@ -220,7 +220,7 @@ def _whitening(samples: torch.Tensor, directions: int) -> tuple[torch.Tensor, to
 class ExitHeads(PreTrainedModel):
     """One decision per exit layer: is the answer the same if the visual tokens leave here?
 
-    Trained by :mod:`dyvte.fitting` from traces of a frozen model; saved and loaded like any model of transformers.
+    Trained by :mod:`dyvte.training.fit` from traces of a frozen model; saved and loaded like any model of transformers.
     """
 
     config_class = ExitHeadsConfig

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torchmetrics.functional.classification import binary_accuracy, binary_auroc, binary_calibration_error
 from tqdm.auto import tqdm
 
-from dyvte.heads import ExitHeads, ExitHeadsConfig
-from dyvte.traces import TraceSet
+from dyvte.heads.model import ExitHeads, ExitHeadsConfig
+from dyvte.training.store import TraceSet
 
 
 @dataclass

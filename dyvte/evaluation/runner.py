@@ -31,13 +31,13 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from dyvte.data import GREEDY, Sample, encode
-from dyvte.flops import prefill_flops
-from dyvte.metrics import AnswerMetric, build_metric
-from dyvte.policies import ExitPolicy, FixedExit
-from dyvte.tokens import find_decoder, underlying_model, visual_token_ids
+from dyvte.data.sources import GREEDY, Sample, encode
+from dyvte.evaluation.costs import prefill_flops
+from dyvte.evaluation.metrics import AnswerMetric, build_metric
+from dyvte.methods.exits import ExitPolicy, FixedExit
+from dyvte.runtime.tokens import find_decoder, underlying_model, visual_token_ids
+from dyvte.runtime.withdrawal import visual_exit
 from dyvte.version import __version__
-from dyvte.withdrawal import visual_exit
 
 DENSE = "dense"
 PICTURE_SIDE = 320  # pixels
@@ -86,14 +86,14 @@ def evaluate(
 
     Args:
         model: the MLLM, in evaluation mode.
-        processor: its processor, see :func:`dyvte.data.encode`.
-        samples: see :mod:`dyvte.data`.
+        processor: its processor, see :func:`dyvte.data.sources.encode`.
+        samples: see :mod:`dyvte.data.sources`.
         policies: by name; an exit policy, a :class:`PerSampleExit`, or, for anything else that changes the model while
             it runs, a callable that takes the model and returns a context manager (what it yields may have ``layers``).
         output_dir: see the module's text.
         batch_size: samples at once, also where time is measured.
         max_new_tokens: longest answer.
-        metric: a name in :data:`dyvte.metrics.METRICS`.
+        metric: a name in :data:`dyvte.evaluation.metrics.METRICS`.
         template: chat template, where the processor has none.
         visual_mask: called with the model's inputs, gives bool [batch, sequence]; where ``input_ids`` cannot show it.
         timing_batches: batches on which time is measured; 0 measures none.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dyvte.tokens import Columns
+from dyvte.runtime.tokens import Columns
 
 # Relative error allowed between the module's output and the recomputed one.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}

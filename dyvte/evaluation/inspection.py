@@ -6,7 +6,7 @@ after which the visual tokens are no longer needed. :func:`inspect_model` writes
 
     inspect.json    the numbers, over all samples and per kind of question
     inspect.png     the figure
-    traces/         the traces behind it, see :mod:`dyvte.traces`
+    traces/         the traces behind it, see :mod:`dyvte.training.store`
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 from torch import nn
 from tqdm.auto import tqdm
 
-from dyvte.attention import AttentionRows, call_arguments, find_attention
-from dyvte.data import Sample, batches, encode
-from dyvte.evaluation import hardware, weights_fingerprint
-from dyvte.report import COLOURS, FAINT, INK, STYLE
-from dyvte.tokens import Prompt, find_decoder, underlying_model, visual_tokens
-from dyvte.traces import TraceSet, load_traces, write_traces
+from dyvte.data.sources import Sample, batches, encode
+from dyvte.evaluation.runner import hardware, weights_fingerprint
+from dyvte.report.page import COLOURS, FAINT, INK, STYLE
+from dyvte.runtime.attention import AttentionRows, call_arguments, find_attention
+from dyvte.runtime.tokens import Prompt, find_decoder, underlying_model, visual_tokens
+from dyvte.training.store import TraceSet, load_traces, write_traces
 from dyvte.version import __version__
 
 SEEN = ("visual", "prompt", "text")
@@ -126,7 +126,7 @@ def state_similarity(state: torch.Tensor) -> torch.Tensor:
     """Cosine between the text states after consecutive layers.
 
     Args:
-        state: [n, L, 2d], see :meth:`dyvte.tokens.Prompt.text_state`.
+        state: [n, L, 2d], see :meth:`dyvte.runtime.tokens.Prompt.text_state`.
 
     Returns:
         float32 [n, L - 1, 2]: for the mean of the text tokens and for the last token; place e - 1 compares the states
@@ -156,7 +156,7 @@ def inspect_model(
     Args:
         model: the MLLM, in evaluation mode.
         processor: its processor.
-        samples: questions about images, see :mod:`dyvte.data`.
+        samples: questions about images, see :mod:`dyvte.data.sources`.
         output: folder, see the module's text. Traces that are there already, of the same model and samples, are used.
         batch_size: samples per forward pass.
         max_new_tokens: longest answer.

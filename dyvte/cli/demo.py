@@ -14,13 +14,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from dyvte import scenes
-from dyvte.data import GREEDY, Sample, encode, load_samples
-from dyvte.flops import prefill_flops
-from dyvte.heads import ExitHeads
-from dyvte.policies import LearnedExit
-from dyvte.traces import prompt_lengths
-from dyvte.withdrawal import visual_exit
+from dyvte.data import scenes
+from dyvte.data.sources import GREEDY, Sample, encode, load_samples
+from dyvte.evaluation.costs import prefill_flops
+from dyvte.heads.model import ExitHeads
+from dyvte.methods.exits import LearnedExit
+from dyvte.runtime.withdrawal import visual_exit
+from dyvte.training.store import prompt_lengths
 
 SEED = 100  # of the first kind's scenes
 TITLES = ("kind", "dense right", "exit right", "agreement", "exit layer", "FLOPs removed", "prefill time")

@@ -1,4 +1,4 @@
-"""Runs of :mod:`dyvte.evaluation` as one web page and as figures for a paper or an issue.
+"""Runs of :mod:`dyvte.evaluation.runner` as one web page and as figures for a paper or an issue.
 
 Reads every folder with a ``summary.json`` under a directory. A run's folder may also hold ``curve.json`` (lists
 ``threshold``, ``risk``, ``bound``, ``saved``; optionally ``alpha``, ``delta``, ``chosen``) and ``reliability.json``

@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, get_layer_types_and_kwargs
 from transformers.masking_utils import create_causal_mask
 
-from dyvte.tokens import Columns
+from dyvte.runtime.tokens import Columns
 
 Mask = Any  # bool or float [batch, 1, query, key], bool [batch, key], a flex BlockMask, or None
 

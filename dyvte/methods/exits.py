@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dyvte.tokens import full_precision
+from dyvte.runtime.tokens import full_precision
 
 if TYPE_CHECKING:
-    from dyvte.heads import ExitHeads
+    from dyvte.heads.model import ExitHeads
 
 
 class ExitPolicy:

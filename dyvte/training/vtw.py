@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from dyvte.policies import FixedExit
-from dyvte.traces import TraceSet, load_traces
+from dyvte.methods.exits import FixedExit
+from dyvte.training.store import TraceSet, load_traces
 
 # The thresholds of the original, in nats, for the models it was published with.
 ETA = {"llava-1.5-7b": 0.003, "llava-1.5-13b": 0.0005, "llava-1.6-vicuna-7b": 0.0001}

@@ -1,0 +1,1 @@
+"""What a method does to answers, compute, memory and time."""

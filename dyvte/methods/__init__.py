@@ -1,0 +1,1 @@
+"""Which visual tokens to keep: one file per idea."""

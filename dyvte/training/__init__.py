@@ -1,0 +1,1 @@
+"""From a frozen model to calibrated exit heads: trace, store, fit, calibrate."""
