@@ -19,7 +19,7 @@ from dyvte.data.sources import GREEDY, Sample, encode, load_samples
 from dyvte.evaluation.costs import prefill_flops
 from dyvte.heads.model import ExitHeads
 from dyvte.methods.exits import LearnedExit
-from dyvte.runtime.withdrawal import visual_exit
+from dyvte.runtime import visual_exit
 from dyvte.training.store import prompt_lengths
 
 SEED = 100  # of the first kind's scenes

@@ -301,8 +301,8 @@ def calibrate(config: dict[str, Any]) -> None:
 def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any]:
     """Policies by name from a config; the part of a name before the first dash says what it is."""
     from dyvte.heads.model import ExitHeads
+    from dyvte.methods import FastV, RandomPruning
     from dyvte.methods.exits import FixedExit, LearnedExit, NeverExit, RandomExit
-    from dyvte.methods.pruning import FastV, RandomPruning
     from dyvte.training.vtw import vtw_exit
 
     makers = {"fixed": FixedExit, "random": RandomExit, "never": NeverExit, "learned": LearnedExit, "oracle": oracle}
@@ -318,12 +318,14 @@ def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any
             if folder is None:
                 raise ValueError(f"policy {name!r} needs exit heads: set heads=FOLDER")
             settings["heads"] = ExitHeads.from_pretrained(folder)
-        if maker in (FastV, RandomPruning) and settings.get("exit") is not None:
-            (settings["exit"],) = make_policies(settings["exit"], heads).values()
+        later = settings.pop("exit", None) if maker in (FastV, RandomPruning) else None
         try:
             policies[name] = maker(**settings)
         except TypeError as error:
             raise ValueError(f"wrong settings for policy {name!r}: {error}") from None
+        if later is not None:
+            (leaving,) = make_policies(later, heads).values()
+            policies[name] = policies[name] & leaving
     return policies
 
 

@@ -11,7 +11,6 @@ after which the visual tokens are no longer needed. :func:`inspect_model` writes
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -34,8 +33,12 @@ from tqdm.auto import tqdm
 from dyvte.data.sources import Sample, batches, encode
 from dyvte.evaluation.runner import hardware, weights_fingerprint
 from dyvte.report.page import COLOURS, FAINT, INK, STYLE
-from dyvte.runtime.attention import AttentionRows, call_arguments, find_attention
-from dyvte.runtime.tokens import Prompt, find_decoder, underlying_model, visual_tokens
+from dyvte.runtime.attention import find_attention
+from dyvte.runtime.calls import VisualMask
+from dyvte.runtime.decoder import DecoderSpec, find_decoder, underlying_model
+from dyvte.runtime.engine import Engine
+from dyvte.runtime.prefill import PromptPass
+from dyvte.runtime.prompt import Prompt
 from dyvte.training.store import TraceSet, load_traces, write_traces
 from dyvte.version import __version__
 
@@ -62,7 +65,7 @@ class Shares:
 def attention_shares(
     model: nn.Module,
     inputs: dict[str, torch.Tensor],
-    visual_mask: torch.Tensor | None = None,
+    visual_mask: VisualMask | None = None,
     decoder: str | nn.Module | None = None,
 ) -> Shares:
     """How much attention the text after the image pays to whom, in one forward pass over a batch of prompts.
@@ -74,59 +77,61 @@ def attention_shares(
     Args:
         model: any MLLM of transformers, or a decoder-only model fed with ``inputs_embeds``.
         inputs: what the model takes, padded on either side.
-        visual_mask: bool [batch, sequence], where ``input_ids`` cannot show the visual tokens.
-        decoder: the module that owns the decoder layers, or the dotted path to it.
+        visual_mask: as in :func:`dyvte.attach`.
+        decoder: as in :func:`dyvte.attach`.
 
     Raises:
         ValueError: a sample without visual tokens or without text after them, or attention that cannot be read.
     """
-    model = underlying_model(model)
-    layers = find_decoder(model, decoder).layers
-    attentions = [find_attention(layer) for layer in layers]
-    if visual_mask is None:
-        if inputs.get("input_ids") is None:
-            raise ValueError("without input_ids nothing shows the visual tokens: pass visual_mask [batch, sequence]")
-        visual_mask = visual_tokens(model, inputs["input_ids"])
-    valid = inputs.get("attention_mask")
-    prompt = Prompt.of(visual_mask, torch.ones_like(visual_mask) if valid is None else valid.bool())
-    if not bool(prompt.can_leave.all()):
-        rows = (~prompt.can_leave).nonzero().flatten().tolist()
-        raise ValueError(f"samples {rows} have no visual tokens, or no text after them: leave them out")
-    column = torch.arange(visual_mask.shape[1], device=visual_mask.device)
-    last_visual = torch.where(prompt.visual, column, -1).amax(1, keepdim=True)
-    groups = [prompt.visual, prompt.text & (column < last_visual), prompt.text & (column > last_visual)]
-    seen = torch.stack(groups, -1)  # [batch, sequence, 3]
-    share = torch.zeros(len(seen), len(layers), len(READERS), len(SEEN))
-    rows: dict[int, AttentionRows] = {}
+    spec, passes = DecoderSpec.of(model, decoder), []
 
-    def before(index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        rows[index] = read = AttentionRows(module, call_arguments(module, args, kwargs), prompt.tail)
-        target = seen.to(read.key.device, torch.float32)
-        paid = sum((weights.sum(1) @ target for weights in read), torch.zeros(())) / read.query.shape[1]
-        weight = prompt.tail.valid.to(paid)[..., None]
-        mean = (paid * weight).sum(1) / weight.sum(1)
-        share[:, index] = torch.stack([mean, paid[:, -1]], 1).cpu()
+    def begin(prompt: Prompt, hidden: torch.Tensor, cache: Any, past: torch.Tensor) -> _SharesPass:
+        return _SharesPass(spec, prompt, hidden, cache, past)
 
-    def after(index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        rows.pop(index).check(output, prompt.tail)
-
-    hooks = []
+    engine = Engine(spec, visual_mask, begin, passes.append, attention_of=tuple(range(spec.num_layers)))
     try:
-        for index, attention in enumerate(attentions):
-            hooks.append(attention.register_forward_pre_hook(functools.partial(before, index), with_kwargs=True))
-            hooks.append(attention.register_forward_hook(functools.partial(after, index), with_kwargs=True))
-        model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
+        spec.model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
     finally:
-        for hook in hooks:
-            hook.remove()
-    return Shares(share, seen.sum(1).cpu())
+        engine.remove()
+    return Shares(passes[0].share, passes[0].seen.sum(1).long().cpu())
+
+
+class _SharesPass(PromptPass):
+    """A dense pass that reads the attention of every layer."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        prompt = self.prompt
+        if not bool(prompt.can_leave.all()):
+            rows = (~prompt.can_leave).nonzero().flatten().tolist()
+            raise ValueError(f"samples {rows} have no visual tokens, or no text after them: leave them out")
+        column = torch.arange(self.length, device=prompt.visual.device)
+        last_visual = torch.where(prompt.visual, column, -1).amax(1, keepdim=True)
+        groups = [prompt.visual, prompt.text & (column < last_visual), prompt.text & (column > last_visual)]
+        self.seen = torch.stack(groups, -1).float()  # [batch, sequence, 3]
+        self.readers = (groups[2], column == prompt.tail.index[:, -1:])
+        self.share = torch.zeros(self.batch, self.spec.num_layers, len(READERS), len(SEEN))
+
+    def _reduce(self, index: int) -> None:
+        if index > 0:
+            self._read(index - 1)
+
+    def _full(self) -> torch.Tensor:
+        self._read(self.spec.num_layers - 1)
+        return super()._full()
+
+    def _read(self, layer: int) -> None:
+        attention = self.attention[id(self.groups[0])]
+        for reader, queries in enumerate(self.readers):
+            paid = attention.paid(queries).to(self.seen.device) / queries.sum(1, keepdim=True)
+            self.share[:, layer, reader] = torch.einsum("bs,bsg->bg", paid, self.seen).cpu()
 
 
 def state_similarity(state: torch.Tensor) -> torch.Tensor:
     """Cosine between the text states after consecutive layers.
 
     Args:
-        state: [n, L, 2d], see :meth:`dyvte.runtime.tokens.Prompt.text_state`.
+        state: [n, L, 2d], see :class:`dyvte.runtime.prompt.TextReader`.
 
     Returns:
         float32 [n, L - 1, 2]: for the mean of the text tokens and for the last token; place e - 1 compares the states

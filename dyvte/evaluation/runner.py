@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import operator
 import os
 import platform
 import re
@@ -32,11 +31,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dyvte.data.sources import GREEDY, Sample, encode
-from dyvte.evaluation.costs import prefill_flops
+from dyvte.evaluation.costs import attention_flops, pass_flops
 from dyvte.evaluation.metrics import AnswerMetric, build_metric
-from dyvte.methods.exits import ExitPolicy, FixedExit
-from dyvte.runtime.tokens import find_decoder, underlying_model, visual_token_ids
-from dyvte.runtime.withdrawal import visual_exit
+from dyvte.methods.exits import FixedExit
+from dyvte.runtime import Reduction, reduce_tokens
+from dyvte.runtime.decoder import find_decoder, underlying_model, visual_token_ids
 from dyvte.version import __version__
 
 DENSE = "dense"
@@ -62,7 +61,7 @@ class PerSampleExit:
         return FixedExit([self.layers[sample.id] for sample in samples])
 
 
-Policy = ExitPolicy | PerSampleExit | Callable[[nn.Module], AbstractContextManager]
+Policy = Reduction | PerSampleExit | Callable[[nn.Module], AbstractContextManager]
 
 
 def evaluate(
@@ -227,8 +226,9 @@ class _Run:
             return
         if isinstance(policy, PerSampleExit):
             policy = policy.of(samples)
-        if isinstance(policy, ExitPolicy):
-            with visual_exit(self.model, policy, self.visual_mask) as exits:
+        if isinstance(policy, Reduction):
+            policy = policy.keyed([sample.id for sample in samples])
+            with reduce_tokens(self.model, policy, self.visual_mask) as exits:
                 yield exits
         else:
             with policy(self.model) as exits:
@@ -242,12 +242,16 @@ class _Run:
         """One row for each sample of a batch."""
         with self.under(policy, samples) as exits:
             ids = self.generate(inputs, self.max_new_tokens)[:, inputs["input_ids"].shape[1] :].tolist()
+        text_tokens, visual_tokens = self.token_counts(inputs)
+        counts = getattr(exits, "counts", None)
+        counts = [[n] * self.num_layers for n in visual_tokens] if counts is None else counts.T.tolist()
         layers = getattr(exits, "layers", None)
         layers = [self.num_layers] * len(samples) if layers is None else layers.tolist()
         rows = []
-        for sample, new, exit_layer, text, visual in zip(samples, ids, layers, *self.token_counts(inputs)):
+        for sample, new, exit_layer, text, visual, count in zip(
+            samples, ids, layers, text_tokens, visual_tokens, counts
+        ):
             end = next((i + 1 for i, token in enumerate(new) if token in self.eos), len(new))
-            places = getattr(policy, "visual_places", operator.mul)(visual, exit_layer)
             said = self.tokenizer.decode(new[:end], skip_special_tokens=True).strip()
             rows.append(
                 {
@@ -262,12 +266,19 @@ class _Run:
                     "exit_layer": exit_layer,
                     "text_tokens": text,
                     "visual_tokens": visual,
-                    "visual_places": places,
-                    "flops": getattr(policy, "prefill_flops", prefill_flops)(self.config, text, visual, exit_layer),
-                    "kv_bytes": self.kv_bytes(text, places),
+                    "visual_places": sum(count),
+                    "flops": self.flops(policy, text, count),
+                    "kv_bytes": self.kv_bytes(text, sum(count)),
                 }
             )
         return rows
+
+    def flops(self, policy: Policy | None, text: int, counts: Sequence[int]) -> int:
+        """Of one sample's prompt in the decoder, what a method reads of its attention included."""
+        parts = policy.parts() if isinstance(policy, Reduction) else ()
+        read = {k - 1 for part in parts if part.reads_attention for k in part.layers or range(1, self.num_layers)}
+        reading = sum(attention_flops(self.config, text + counts[k]) for k in read if counts[k] > 0)
+        return pass_flops(self.config, text, counts) + reading
 
     def kv_bytes(self, text: int, places: int) -> int:
         """Keys and values at the end of prefill: the text in all layers, and the layers' visual tokens in sum."""

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dyvte.data.sources import GREEDY, Sample, encode
-from dyvte.runtime.tokens import find_decoder, smallest_exit, underlying_model, visual_tokens
+from dyvte.runtime.decoder import DecoderSpec, underlying_model, visual_tokens
 from dyvte.training.trace import trace_batch
 from dyvte.version import __version__
 
@@ -99,13 +99,14 @@ def write_traces(
         raise ValueError("there are no samples to trace: check the data config")
     if answers == "dataset" and not samples[0].answers:
         raise ValueError("the samples have no answers to trace: use answers=dense, or map the column of answers")
-    folder, base = Path(folder), underlying_model(model)
+    folder, spec = Path(folder), DecoderSpec.of(model)
+    base = spec.model
     record = {
         "base_model": getattr(base.config, "_name_or_path", None) or None,
         "base_revision": getattr(base.config, "_commit_hash", None),
-        "num_layers": len(find_decoder(base).layers),
-        "hidden_size": find_decoder(base).config.hidden_size,
-        "min_layer": smallest_exit(base, find_decoder(base)),
+        "num_layers": spec.num_layers,
+        "hidden_size": spec.config.hidden_size,
+        "min_layer": spec.min_layer,
         "dtype": str(base.dtype).removeprefix("torch."),
         "answers": answers,
         "max_new_tokens": max_new_tokens,
