@@ -1,6 +1,6 @@
 """dyvte: multimodal LLMs that answer faster by letting visual tokens leave when they are no longer needed."""
 
-from dyvte.heads.model import ExitHeads, ExitHeadsConfig
+from dyvte.heads import ExitHeads, ExitHeadsConfig
 from dyvte.methods.exits import ExitPolicy, FixedExit, LearnedExit, NeverExit, RandomExit
 from dyvte.runtime.withdrawal import VisualExit, attach, visual_exit
 from dyvte.training.trace import Trace, trace_batch

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from dyvte.data import scenes
 from dyvte.data.sources import GREEDY, Sample, encode, load_samples
 from dyvte.evaluation.costs import prefill_flops
-from dyvte.heads.model import ExitHeads
+from dyvte.heads import ExitHeads
 from dyvte.methods.exits import LearnedExit
 from dyvte.runtime.withdrawal import visual_exit
 from dyvte.training.store import prompt_lengths

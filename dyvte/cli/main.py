@@ -287,7 +287,7 @@ def calibrate(config: dict[str, Any]) -> None:
         raise ValueError(f"policy must be learned or vtw, not {config['policy']!r}")
     if config["heads"] is None:
         raise ValueError("`dyvte calibrate` needs heads=FOLDER, or policy=vtw")
-    from dyvte.heads.model import ExitHeads
+    from dyvte.heads import ExitHeads
     from dyvte.training.calibrate import calibrate as set_threshold
     from dyvte.training.store import load_traces
 
@@ -300,7 +300,7 @@ def calibrate(config: dict[str, Any]) -> None:
 
 def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any]:
     """Policies by name from a config; the part of a name before the first dash says what it is."""
-    from dyvte.heads.model import ExitHeads
+    from dyvte.heads import ExitHeads
     from dyvte.methods.exits import FixedExit, LearnedExit, NeverExit, RandomExit
     from dyvte.methods.pruning import FastV, RandomPruning
     from dyvte.training.vtw import vtw_exit
@@ -365,7 +365,7 @@ def evaluate(config: dict[str, Any]) -> None:
 
 def _write_promise(heads: str, folder: Path) -> None:
     """Puts what the heads' calibration left beside the results, for the report."""
-    from dyvte.heads.model import ExitHeads
+    from dyvte.heads import ExitHeads
 
     found = ExitHeads.from_pretrained(heads).config
     if found.calibration and "curve" in found.calibration:
@@ -401,7 +401,7 @@ def report(config: dict[str, Any]) -> None:
 
 
 def convert(config: dict[str, Any]) -> None:
-    from dyvte.heads.model import ExitHeads
+    from dyvte.heads import ExitHeads
 
     path = Path(config["weights"])
     if not path.is_file():
