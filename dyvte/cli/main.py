@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 
+from dyvte.provenance import atomic_write
 from dyvte.version import __version__
 
 
@@ -329,7 +330,7 @@ def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any
 
 def oracle(traces: str | list[str]) -> Any:
     """The earliest exit that keeps each sample's answer, looked up in traces of the same samples."""
-    from dyvte.evaluation.runner import PerSampleExit
+    from dyvte.evaluation.policies import PerSampleExit
     from dyvte.training.calibrate import oracle_exits
     from dyvte.training.store import load_traces
 
@@ -370,8 +371,8 @@ def _write_promise(heads: str, folder: Path) -> None:
     found = ExitHeads.from_pretrained(heads).config
     if found.calibration and "curve" in found.calibration:
         curve = found.calibration["curve"] | {key: found.calibration[key] for key in ("alpha", "delta")}
-        (folder / "curve.json").write_text(json.dumps(curve | {"chosen": found.threshold}))
-        (folder / "reliability.json").write_text(json.dumps(found.calibration["reliability"]))
+        atomic_write(folder / "curve.json", json.dumps(curve | {"chosen": found.threshold}))
+        atomic_write(folder / "reliability.json", json.dumps(found.calibration["reliability"]))
 
 
 def inspect(config: dict[str, Any]) -> None:

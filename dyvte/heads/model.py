@@ -19,6 +19,7 @@ from dyvte.heads.guard import ALL_LAYERS, Guard
 from dyvte.heads.published import PublishedHead, read_gates
 from dyvte.heads.risk import threshold_for
 from dyvte.heads.shared import SharedHead
+from dyvte.provenance import atomic_write
 
 
 class ExitHeads(PreTrainedModel):
@@ -140,7 +141,7 @@ class ExitHeads(PreTrainedModel):
         """Writes config.json, model.safetensors and a model card, README.md."""
         super().save_pretrained(save_directory, *args, **kwargs)
         card = model_card(self.config, sum(p.numel() for p in self.parameters()))
-        Path(save_directory, "README.md").write_text(card, encoding="utf-8")
+        atomic_write(Path(save_directory, "README.md"), card)
 
     def push_to_hub(
         self,
