@@ -15,6 +15,9 @@ FORMS = ("shared", "original")
 LABEL_RULES = ("agreement", "original")
 TEXT_STATE = "mean of the text tokens after the last visual token but the last; last prompt token"
 
+# What one version of transformers or another adds to a config that it loads.
+HANDED_ON = ("attn_implementation", "experts_implementation", "auto_map", "name_or_path", "torch_dtype")
+
 
 class ExitHeadsConfig(PreTrainedConfig):
     """What a reader of a checkpoint of heads must know.
@@ -64,8 +67,7 @@ class ExitHeadsConfig(PreTrainedConfig):
         # The base class is a dataclass in some versions of transformers and a plain class in others: this fits both.
         for name in ExitHeadsConfig.__annotations__:
             setattr(self, name, values.pop(name, getattr(ExitHeadsConfig, name)))
-        # Written or handed on by transformers itself.
-        known = {*PreTrainedConfig().to_dict(), "attn_implementation", "auto_map", "torch_dtype"}
+        known = {*PreTrainedConfig().to_dict(), *HANDED_ON}
         unknown = sorted(key for key in values if key not in known and not key.startswith("_"))
         if unknown:
             logger.warning("ignoring unknown keys in the config of exit heads: %s", ", ".join(unknown))
