@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 
+from dyvte.provenance import atomic_write
 from dyvte.version import __version__
 
 
@@ -287,7 +288,7 @@ def calibrate(config: dict[str, Any]) -> None:
         raise ValueError(f"policy must be learned or vtw, not {config['policy']!r}")
     if config["heads"] is None:
         raise ValueError("`dyvte calibrate` needs heads=FOLDER, or policy=vtw")
-    from dyvte.heads.model import ExitHeads
+    from dyvte.heads import ExitHeads
     from dyvte.training.calibrate import calibrate as set_threshold
     from dyvte.training.store import load_traces
 
@@ -300,7 +301,7 @@ def calibrate(config: dict[str, Any]) -> None:
 
 def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any]:
     """Policies by name from a config; the part of a name before the first dash says what it is."""
-    from dyvte.heads.model import ExitHeads
+    from dyvte.heads import ExitHeads
     from dyvte.methods import FastV, RandomPruning
     from dyvte.methods.exits import FixedExit, LearnedExit, NeverExit, RandomExit
     from dyvte.training.vtw import vtw_exit
@@ -331,7 +332,7 @@ def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any
 
 def oracle(traces: str | list[str]) -> Any:
     """The earliest exit that keeps each sample's answer, looked up in traces of the same samples."""
-    from dyvte.evaluation.runner import PerSampleExit
+    from dyvte.evaluation.policies import PerSampleExit
     from dyvte.training.calibrate import oracle_exits
     from dyvte.training.store import load_traces
 
@@ -367,13 +368,13 @@ def evaluate(config: dict[str, Any]) -> None:
 
 def _write_promise(heads: str, folder: Path) -> None:
     """Puts what the heads' calibration left beside the results, for the report."""
-    from dyvte.heads.model import ExitHeads
+    from dyvte.heads import ExitHeads
 
     found = ExitHeads.from_pretrained(heads).config
     if found.calibration and "curve" in found.calibration:
         curve = found.calibration["curve"] | {key: found.calibration[key] for key in ("alpha", "delta")}
-        (folder / "curve.json").write_text(json.dumps(curve | {"chosen": found.threshold}))
-        (folder / "reliability.json").write_text(json.dumps(found.calibration["reliability"]))
+        atomic_write(folder / "curve.json", json.dumps(curve | {"chosen": found.threshold}))
+        atomic_write(folder / "reliability.json", json.dumps(found.calibration["reliability"]))
 
 
 def inspect(config: dict[str, Any]) -> None:
@@ -403,7 +404,7 @@ def report(config: dict[str, Any]) -> None:
 
 
 def convert(config: dict[str, Any]) -> None:
-    from dyvte.heads.model import ExitHeads
+    from dyvte.heads import ExitHeads
 
     path = Path(config["weights"])
     if not path.is_file():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedConfig
+from dyvte.runtime.compat import PreTrainedConfig
 
 
 def layer_flops(config: PreTrainedConfig, tokens: int) -> int:

@@ -11,127 +11,33 @@ after which the visual tokens are no longer needed. :func:`inspect_model` writes
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
 import torch.nn.functional as F
-import transformers
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 from torch import nn
 from tqdm.auto import tqdm
 
 from dyvte.data.sources import Sample, batches, encode
-from dyvte.evaluation.runner import hardware, weights_fingerprint
-from dyvte.report.page import COLOURS, FAINT, INK, STYLE
+from dyvte.evaluation.attention_shares import READERS, SEEN, attention_shares
+from dyvte.evaluation.inspection_figure import SAFE, plot_layers
+from dyvte.evaluation.store import samples_fingerprint
+from dyvte.provenance import hardware, versions, weights_fingerprint, write_json
+from dyvte.report.style import STYLE
 from dyvte.runtime.attention import find_attention
-from dyvte.runtime.calls import VisualMask
-from dyvte.runtime.decoder import DecoderSpec, find_decoder, underlying_model
-from dyvte.runtime.engine import Engine
-from dyvte.runtime.prefill import PromptPass
-from dyvte.runtime.prompt import Prompt
+from dyvte.runtime.decoder import find_decoder, underlying_model
 from dyvte.training.store import TraceSet, load_traces, write_traces
-from dyvte.version import __version__
-
-SEEN = ("visual", "prompt", "text")
-READERS = ("text", "last")
-SAFE = 0.99  # of the answers unchanged: where the figure says that the visual tokens are no longer needed
-
-
-@dataclass
-class Shares:
-    """Where attention goes in every decoder layer, averaged over heads.
-
-    Attributes:
-        share: float32 [batch, L, 2, 3]; the readers are the text tokens after the image (mean) and the last one of
-            them alone, and they see visual tokens, the prompt's text before them, and text after them. Sums to 1.
-        tokens: long [batch, 3], how many tokens there are of each.
-    """
-
-    share: torch.Tensor
-    tokens: torch.Tensor
-
-
-@torch.no_grad()
-def attention_shares(
-    model: nn.Module,
-    inputs: dict[str, torch.Tensor],
-    visual_mask: VisualMask | None = None,
-    decoder: str | nn.Module | None = None,
-) -> Shares:
-    """How much attention the text after the image pays to whom, in one forward pass over a batch of prompts.
-
-    "After the image" is after the last visual token; text between two images counts as before. The model keeps its
-    attention implementation; the rows of the text tokens are computed a second time, head group by head group, and
-    reduced at once.
-
-    Args:
-        model: any MLLM of transformers, or a decoder-only model fed with ``inputs_embeds``.
-        inputs: what the model takes, padded on either side.
-        visual_mask: as in :func:`dyvte.attach`.
-        decoder: as in :func:`dyvte.attach`.
-
-    Raises:
-        ValueError: a sample without visual tokens or without text after them, or attention that cannot be read.
-    """
-    spec, passes = DecoderSpec.of(model, decoder), []
-
-    def begin(prompt: Prompt, hidden: torch.Tensor, cache: Any, past: torch.Tensor) -> _SharesPass:
-        return _SharesPass(spec, prompt, hidden, cache, past)
-
-    engine = Engine(spec, visual_mask, begin, passes.append, attention_of=tuple(range(spec.num_layers)))
-    try:
-        spec.model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
-    finally:
-        engine.remove()
-    return Shares(passes[0].share, passes[0].seen.sum(1).long().cpu())
-
-
-class _SharesPass(PromptPass):
-    """A dense pass that reads the attention of every layer."""
-
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
-        prompt = self.prompt
-        if not bool(prompt.can_leave.all()):
-            rows = (~prompt.can_leave).nonzero().flatten().tolist()
-            raise ValueError(f"samples {rows} have no visual tokens, or no text after them: leave them out")
-        column = torch.arange(self.length, device=prompt.visual.device)
-        last_visual = torch.where(prompt.visual, column, -1).amax(1, keepdim=True)
-        groups = [prompt.visual, prompt.text & (column < last_visual), prompt.text & (column > last_visual)]
-        self.seen = torch.stack(groups, -1).float()  # [batch, sequence, 3]
-        self.readers = (groups[2], column == prompt.tail.index[:, -1:])
-        self.share = torch.zeros(self.batch, self.spec.num_layers, len(READERS), len(SEEN))
-
-    def _reduce(self, index: int) -> None:
-        if index > 0:
-            self._read(index - 1)
-
-    def _full(self) -> torch.Tensor:
-        self._read(self.spec.num_layers - 1)
-        return super()._full()
-
-    def _read(self, layer: int) -> None:
-        attention = self.attention[id(self.groups[0])]
-        for reader, queries in enumerate(self.readers):
-            paid = attention.paid(queries).to(self.seen.device) / queries.sum(1, keepdim=True)
-            self.share[:, layer, reader] = torch.einsum("bs,bsg->bg", paid, self.seen).cpu()
 
 
 def state_similarity(state: torch.Tensor) -> torch.Tensor:
     """Cosine between the text states after consecutive layers.
 
     Args:
-        state: [n, L, 2d], see :class:`dyvte.runtime.prompt.TextReader`.
+        state: [n, L, 2d], see :meth:`dyvte.runtime.tokens.Prompt.text_state`.
 
     Returns:
         float32 [n, L - 1, 2]: for the mean of the text tokens and for the last token; place e - 1 compares the states
@@ -191,10 +97,9 @@ def inspect_model(
         found = attention_shares(model, encode(processor, batch, template).to(model.device, model.dtype))
         shares.append(found.share)
         tokens.append(found.tokens)
-    asked = json.dumps([[sample.id, sample.question, sample.answers] for sample in samples])
     made_from = {
         "weights": weights_fingerprint(model),
-        "questions": hashlib.sha256(asked.encode()).hexdigest()[:16],
+        "questions": samples_fingerprint(samples),
         "images": getattr(samples, "fingerprint", None),
         "template": template,
     }
@@ -212,17 +117,8 @@ def inspect_model(
     name = getattr(base.config, "_name_or_path", "") or None
     result = {"model": Path(name).name if name else type(base).__name__, "layers": traces.num_layers}
     result |= summarise(traces, torch.cat(shares), torch.cat(tokens))
-    result |= {
-        "config": dict(config or {}),
-        "hardware": hardware(model),
-        "versions": {
-            "dyvte": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-    (output / "inspect.json").write_text(json.dumps(result, indent=2) + "\n")
+    result |= {"config": dict(config or {}), "hardware": hardware(model), "versions": versions()}
+    write_json(output / "inspect.json", result)
     with matplotlib.rc_context(STYLE):
         plot_layers(result, title).savefig(output / "inspect.png")
     return result
@@ -233,7 +129,7 @@ def summarise(traces: TraceSet, share: torch.Tensor, tokens: torch.Tensor) -> di
 
     Args:
         traces: n samples in L layers.
-        share: [n, L, 2, 3], see :class:`Shares`.
+        share: [n, L, 2, 3], see :class:`dyvte.evaluation.attention_shares.Shares`.
         tokens: [n, 3].
     """
     similarity = state_similarity(traces.state)
@@ -265,83 +161,3 @@ def summarise(traces: TraceSet, share: torch.Tensor, tokens: torch.Tensor) -> di
         places = {kind: torch.tensor([i for i, k in enumerate(traces.kinds) if k == kind]) for kind in kinds}
         whole["by_kind"] = {kind: means(index) for kind, index in places.items()}
     return whole
-
-
-def plot_layers(result: dict[str, Any], title: str | None = None) -> Figure:
-    """Three panels over the decoder layers: attention of the text, what leaving changes, change of the text state."""
-    layers = list(range(1, result["layers"] + 1))
-    figure = Figure(figsize=(5.6, 6.6), layout="constrained")
-    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[1.15, 1.15, 0.9])
-    _plot_attention(top, layers, result)
-    _plot_change(middle, layers, result)
-    _plot_similarity(bottom, layers, result)
-    bottom.set_xlabel("decoder layer")
-    bottom.set_xlim(0.6, result["layers"] + 0.4)
-    bottom.xaxis.set_major_locator(
-        FixedLocator(layers) if len(layers) <= 16 else MaxNLocator(nbins=12, integer=True, steps=[1, 2, 4, 5, 10])
-    )
-    unneeded = result["unneeded_from"]
-    if unneeded < result["layers"]:
-        for axes in (top, middle, bottom):
-            axes.axvline(unneeded, color=INK, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
-    figure.suptitle(title or f"{result['model']}, {result['samples']:,} questions", fontsize=10, color=INK)
-    return figure
-
-
-def _plot_attention(axes: Axes, layers: list[int], result: dict[str, Any]) -> None:
-    from_text, from_last = result["attention"]["from_text"], result["attention"]["from_last"]
-    named = {"visual": "visual tokens", "prompt": "text before the image", "text": "text after the image"}
-    for name, colour, marker in zip(SEEN, COLOURS, ("o", "s", "^")):
-        axes.plot(layers, from_text[f"to_{name}"], color=colour, marker=marker, markersize=4, label=named[name])
-        axes.plot(layers, from_last[f"to_{name}"], color=colour, linewidth=0.9, linestyle=(0, (4, 2)))
-    axes.plot([], [], color=FAINT, linewidth=0.9, linestyle=(0, (4, 2)), label="dashed: from the last token only")
-    share = result["tokens"]["visual"] / sum(result["tokens"].values())
-    axes.axhline(share, color=FAINT, linewidth=1.1, linestyle=":", label=f"visual share of all tokens, {share:.0%}")
-    axes.set_ylim(0, 1.04)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_title("Where the text after the image looks")
-    axes.set_ylabel("share of attention")
-    axes.legend(fontsize=7.5, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.04), handlelength=2.2)
-
-
-def _plot_change(axes: Axes, layers: list[int], result: dict[str, Any]) -> None:
-    for number, numbers in enumerate(result.get("by_kind", {}).values()):
-        label = "each kind of question" if number == 0 else None
-        axes.plot(layers, numbers["agreement"], color=FAINT, linewidth=0.7, alpha=0.8, zorder=1.5, label=label)
-    axes.plot(layers, result["agreement"], color=COLOURS[0], marker="o", markersize=4, label="answers unchanged")
-    axes.set_ylim(0, 1.04)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_ylabel("answers unchanged", color=COLOURS[0])
-    axes.set_title("What leaving after this layer changes")
-    right = axes.twinx()
-    right.spines["right"].set_visible(True)
-    right.grid(False)
-    kl = [value if value > 1e-6 else float("nan") for value in result["kl"]]
-    right.semilogy(
-        layers, kl, color=COLOURS[1], marker="s", markersize=3.5, linestyle=(0, (4, 2)), label="KL of the next token"
-    )
-    right.set_ylabel("KL of the next token, nats", color=COLOURS[1])
-    handles = [h for a in (axes, right) for h in a.get_legend_handles_labels()[0]]
-    if result["unneeded_from"] < result["layers"]:
-        text = f"from here on at least {SAFE:.0%} unchanged"
-        handles += axes.plot([], [], color=INK, linewidth=0.9, linestyle=(0, (1, 2)), label=text)
-    axes.legend(handles=handles, fontsize=7.5, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.04))
-
-
-def _plot_similarity(axes: Axes, layers: list[int], result: dict[str, Any]) -> None:
-    similarity = result["similarity"]
-    axes.plot(layers[1:], similarity["text"], color=COLOURS[2], marker="o", markersize=4, label="mean of the text")
-    axes.plot(
-        layers[1:],
-        similarity["last"],
-        color=COLOURS[3],
-        marker="s",
-        markersize=3.5,
-        linestyle=(0, (4, 2)),
-        label="last token",
-    )
-    axes.set_title("How much of the text state stays from the layer before")
-    axes.set_ylabel("cosine")
-    lowest = min(similarity["text"] + similarity["last"])
-    axes.set_ylim(lowest - 0.25 * (1 - lowest), 1 + 0.08 * (1 - lowest))
-    axes.legend(fontsize=7.5, loc="best")
