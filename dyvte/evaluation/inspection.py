@@ -31,7 +31,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 from torch import nn
 from tqdm.auto import tqdm
 
-from dyvte.data.sources import Sample, batches, encode
+from dyvte.data import Sample, batches, encode
 from dyvte.evaluation.runner import hardware, weights_fingerprint
 from dyvte.report.page import COLOURS, FAINT, INK, STYLE
 from dyvte.runtime.attention import AttentionRows, call_arguments, find_attention

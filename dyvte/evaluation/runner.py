@@ -31,7 +31,7 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from dyvte.data.sources import GREEDY, Sample, encode
+from dyvte.data import GREEDY, Sample, encode
 from dyvte.evaluation.costs import prefill_flops
 from dyvte.evaluation.metrics import AnswerMetric, build_metric
 from dyvte.methods.exits import ExitPolicy, FixedExit

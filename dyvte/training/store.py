@@ -17,7 +17,7 @@ from datasets.arrow_writer import ArrowWriter
 from torch import nn
 from tqdm.auto import tqdm
 
-from dyvte.data.sources import GREEDY, Sample, encode
+from dyvte.data import GREEDY, Sample, encode
 from dyvte.runtime.tokens import find_decoder, smallest_exit, underlying_model, visual_tokens
 from dyvte.training.trace import trace_batch
 from dyvte.version import __version__
