@@ -129,6 +129,7 @@ def load_json(path: Path) -> list[Any]:
                 rows.append(json.loads(line))
             except ValueError as error:
                 rows.append(DamageError(f"line {number} is not valid JSON: {error}"))
-    if all(isinstance(row, DamageError) for row in rows):
-        raise ValueError(f"{path} holds neither a list of rows nor one row on each line" + f": {rows[0]}" * bool(rows))
+    if not any(isinstance(row, Mapping) for row in rows):
+        first = "it is empty" if not rows else str(rows[0])[:200]
+        raise ValueError(f"{path} holds neither a list of rows nor one row on each line: {first}")
     return rows

@@ -64,8 +64,8 @@ class Conversation:
                 raise DamageError(f"the question of turn {number} is empty")
             if is_blank(answer):
                 raise DamageError(f"the answer of turn {number} is empty")
-        parts = content(questions[0])
-        if len(parts) - 1 == sum(self.marks()[: turn + 1]):
+        marks, parts = self.marks()[: turn + 1], content(questions[0])
+        if marks[0] == sum(marks) == len(parts) - 1:  # all pictures, then one text
             questions[0] = parts[-1]["text"]
         return list(zip(questions[:-1], answers[:-1])), questions[-1], answers[-1]
 
