@@ -14,6 +14,7 @@ from datasets import Features, List, Value
 from datasets import Image as ImageFeature
 
 from dyvte import data
+from dyvte.data.selection import unique
 
 TEXT = Value("string")
 
@@ -187,6 +188,10 @@ def test_the_layout_of_llava(tmp_path):
     beside = {key: value for key, value in config.items() if key != "images"}
     (tmp_path / "mix.json").rename(tmp_path / "images/mix.json")
     assert data.load_samples(beside | {"path": str(tmp_path / "images/mix.json")})[4].question == "Read"
+
+
+def test_ids_that_repeat_get_names_that_nobody_has():
+    assert unique(["a", "a", "a#2", "a", "b", "a#2"]) == ["a", "a#3", "a#2", "a#4", "b", "a#2#2"]
 
 
 def test_a_turn_before_its_first_image_is_left_out(tmp_path, processor):
