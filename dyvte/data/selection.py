@@ -22,7 +22,7 @@ def selected(samples: list[Item], config: Mapping[str, Any]) -> list[Item]:
     """What ``skip``, and ``limit`` or ``fraction``, leave of the samples. A fraction is one of all that were given.
 
     Raises:
-        ValueError: nothing.
+        ValueError: none is left.
     """
     start, number = config.get("skip") or 0, config.get("limit")
     if config.get("fraction") is not None:
