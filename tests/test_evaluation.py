@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dyvte import ExitPolicy, FixedExit, RandomExit, visual_exit
-from dyvte.data.sources import Sample, encode, load_samples
+from dyvte.data import Sample, encode, load_samples
 from dyvte.evaluation.costs import prefill_flops
 from dyvte.evaluation.policies import PerSampleExit
 from dyvte.evaluation.runner import evaluate

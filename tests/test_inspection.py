@@ -11,7 +11,7 @@ import torch
 from families import FAMILIES
 from models import IMAGE_ID, batch_of, prompt, tiny_llama, tiny_llava
 
-from dyvte.data.sources import load_samples
+from dyvte.data import load_samples
 from dyvte.evaluation.attention_shares import attention_shares
 from dyvte.evaluation.inspection import inspect_model, state_similarity
 from dyvte.runtime.attention import find_attention

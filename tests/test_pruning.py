@@ -406,7 +406,7 @@ def test_as_policies_of_evaluate(tmp_path):
     from reference_mllm import build_model, build_processor
     from test_evaluation import SETTINGS
 
-    from dyvte.data.sources import load_samples
+    from dyvte.data import load_samples
     from dyvte.evaluation.runner import evaluate
 
     torch.manual_seed(0)

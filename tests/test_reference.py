@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 import dyvte
-from dyvte.data.sources import encode, load_samples
+from dyvte.data import encode, load_samples
 
 ROOT = Path(__file__).parents[1]
 MLLM, HEADS = ROOT / "checkpoints/reference-mllm", ROOT / "checkpoints/reference-heads"

@@ -343,7 +343,7 @@ def plot_curves(work: Path, output: Path) -> None:
 
 def report(processor: LlavaProcessor, output: Path, settings: dict) -> None:
     """Greedy answers of the saved checkpoint to held-out questions, right or wrong per kind."""
-    from dyvte.data.sources import batches, encode, load_samples
+    from dyvte.data import batches, encode, load_samples
 
     model = AutoModelForImageTextToText.from_pretrained(output, dtype=torch.float32).eval()
     samples = load_samples({"scenes": {"split": "test", "n": settings["questions"], "seed": settings["seed"]}})

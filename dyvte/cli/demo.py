@@ -13,8 +13,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from dyvte.data import scenes
-from dyvte.data.sources import GREEDY, Sample, encode, load_samples
+from dyvte.data import GREEDY, Sample, encode, load_samples, scenes
 from dyvte.evaluation.costs import prefill_flops
 from dyvte.heads import ExitHeads
 from dyvte.methods.exits import LearnedExit

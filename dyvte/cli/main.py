@@ -219,7 +219,7 @@ def as_list(value: Any) -> list[Any]:
 
 def data_config(config: dict[str, Any]) -> dict[str, Any]:
     """The data of a command, from a file if it names one; the command's own scoring keys win over the data's."""
-    from dyvte.data.sources import read_config as read_data
+    from dyvte.data import read_config as read_data
 
     data = read_data(config["data"])
     for key, default in (("max_new_tokens", 16), ("metric", "exact_match")):
@@ -229,7 +229,7 @@ def data_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def trace(config: dict[str, Any]) -> None:
-    from dyvte.data.sources import fingerprint, load_samples
+    from dyvte.data import fingerprint, load_samples
     from dyvte.training.store import write_traces
 
     data = data_config(config)
@@ -342,7 +342,7 @@ def oracle(traces: str | list[str]) -> Any:
 
 
 def evaluate(config: dict[str, Any]) -> None:
-    from dyvte.data.sources import load_samples
+    from dyvte.data import load_samples
     from dyvte.evaluation.runner import evaluate as run
 
     data = data_config(config)
@@ -378,7 +378,7 @@ def _write_promise(heads: str, folder: Path) -> None:
 
 
 def inspect(config: dict[str, Any]) -> None:
-    from dyvte.data.sources import load_samples
+    from dyvte.data import load_samples
     from dyvte.evaluation.inspection import inspect_model
 
     data = data_config(config)

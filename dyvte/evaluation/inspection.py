@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from dyvte.data.sources import Sample, batches, encode
+from dyvte.data import Sample, batches, encode
 from dyvte.evaluation.attention_shares import READERS, SEEN, attention_shares
 from dyvte.evaluation.inspection_figure import SAFE, plot_layers
 from dyvte.evaluation.store import samples_fingerprint
@@ -67,7 +67,7 @@ def inspect_model(
     Args:
         model: the MLLM, in evaluation mode.
         processor: its processor.
-        samples: questions about images, see :mod:`dyvte.data.sources`.
+        samples: questions about images, see :mod:`dyvte.data`.
         output: folder, see the module's text. Traces that are there already, of the same model and samples, are used.
         batch_size: samples per forward pass.
         max_new_tokens: longest answer.

@@ -1,4 +1,4 @@
-"""What can be evaluated: reductions (exits, pruning), exits known beforehand, anything that changes a model while it runs."""
+"""What can be evaluated: reductions, exits known beforehand, anything that changes a model while it runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dyvte.data.sources import Sample
+from dyvte.data import Sample
 from dyvte.methods.exits import FixedExit
 from dyvte.runtime import Reduction, reduce_tokens
 

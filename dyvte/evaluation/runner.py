@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from dyvte.data.sources import Sample
+from dyvte.data import Sample
 from dyvte.evaluation.metrics import build_metric
 from dyvte.evaluation.policies import DENSE, Policy, VisualMask
 from dyvte.evaluation.store import ResultFolder, samples_fingerprint
@@ -51,8 +51,8 @@ def evaluate(
 
     Args:
         model: the MLLM, in evaluation mode.
-        processor: its processor, see :func:`dyvte.data.sources.encode`.
-        samples: see :mod:`dyvte.data.sources`.
+        processor: its processor, see :func:`dyvte.data.encode`.
+        samples: see :mod:`dyvte.data`.
         policies: by name; an exit policy, a :class:`~dyvte.evaluation.policies.PerSampleExit`, or, for anything else
             that changes the model while it runs, a callable that takes the model and returns a context manager (what it
             yields may have ``layers``).

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from dyvte.data.sources import Sample
+from dyvte.data import Sample
 from dyvte.provenance import atomic_path, atomic_write, claim, describe, differing, fingerprint, write_json
 
 PICTURE_SIDE = 320  # pixels

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dyvte.data.sources import GREEDY, Sample, encode
+from dyvte.data import GREEDY, Sample, encode
 from dyvte.evaluation.costs import attention_flops, pass_flops
 from dyvte.evaluation.metrics import AnswerMetric
 from dyvte.evaluation.policies import Policy, VisualMask, applied

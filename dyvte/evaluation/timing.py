@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from dyvte.data.sources import Sample
+from dyvte.data import Sample
 from dyvte.evaluation.policies import DENSE, Policy
 from dyvte.evaluation.store import ResultFolder
 from dyvte.evaluation.subject import Subject

@@ -16,7 +16,7 @@ from datasets.arrow_writer import ArrowWriter
 from torch import nn
 from tqdm.auto import tqdm
 
-from dyvte.data.sources import GREEDY, Sample, encode
+from dyvte.data import GREEDY, Sample, encode
 from dyvte.provenance import atomic_path, claim, differing, versions
 from dyvte.runtime.decoder import DecoderSpec, underlying_model, visual_tokens
 from dyvte.training.trace import trace_batch
