@@ -145,10 +145,8 @@ class PromptPass:
                 self._apply(index, verdicts)
 
     def _asks(self, reduction: Reduction, layer: int) -> bool:
-        first = self.spec.first if reduction.layers is not None else self.spec.min_layer
-        if not first <= layer < self.spec.num_layers:
-            return False
-        return reduction.layers is None or layer in reduction.layers
+        allowed = self.spec.first <= layer < self.spec.num_layers
+        return allowed and (reduction.layers is None or layer in reduction.layers)
 
     @staticmethod
     def _places(group: Group, reduction: Reduction) -> torch.Tensor:
