@@ -20,6 +20,7 @@ import torch
 from shapes import (
     RESULTS,
     alternate,
+    heads_that_leave_at,
     interval,
     keep_memory,
     llava_shaped_decoder,
@@ -36,24 +37,6 @@ from dyvte.evaluation.costs import prefill_flops
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-
-
-def heads_that_leave_at(model: LlamaForCausalLM, layer: int, lookahead: int = 0) -> dyvte.ExitHeads:
-    """Heads of full cost, guard included, whose layer embedding alone decides: from ``layer`` on, yes."""
-    layers, width = model.config.num_hidden_layers, model.config.hidden_size
-    heads = dyvte.ExitHeads(
-        dyvte.ExitHeadsConfig(num_layers=layers, hidden_size=width, guard=0.99, lookahead=lookahead)
-    )
-    inner = heads.heads
-    with torch.no_grad():
-        for weight in (inner.project.weight, inner.project.bias, inner.hidden.weight, inner.hidden.bias):
-            weight.zero_()
-        inner.hidden.weight.fill_diagonal_(1)
-        inner.layer[layer - 1 :, 0] = 10
-        inner.out.weight.zero_()
-        inner.out.weight[0, 0] = 1
-        inner.out.bias.fill_(-5)
-    return heads.to(model.device)
 
 
 def original_way(model: LlamaForCausalLM, inputs: dict, visual: torch.Tensor, layer: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dyvte.provenance import versions, write_json
+import dyvte
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -50,6 +50,24 @@ def prompt(
     mask[:, before : before + visual] = True
     inputs = {"inputs_embeds": embeds.to(model.device, model.dtype)}
     return inputs, mask.to(model.device)
+
+
+def heads_that_leave_at(model: LlamaForCausalLM, layer: int, lookahead: int = 0) -> dyvte.ExitHeads:
+    """Heads of full cost, guard included, whose layer embedding alone decides: from ``layer`` on, yes."""
+    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    heads = dyvte.ExitHeads(
+        dyvte.ExitHeadsConfig(num_layers=layers, hidden_size=width, guard=0.99, lookahead=lookahead)
+    )
+    inner = heads.heads
+    with torch.no_grad():
+        for weight in (inner.project.weight, inner.project.bias, inner.hidden.weight, inner.hidden.bias):
+            weight.zero_()
+        inner.hidden.weight.fill_diagonal_(1)
+        inner.layer[layer - 1 :, 0] = 10
+        inner.out.weight.zero_()
+        inner.out.weight[0, 0] = 1
+        inner.out.bias.fill_(-5)
+    return heads.to(model.device)
 
 
 def synchronize() -> None:
@@ -137,6 +155,8 @@ def interval(figure: Callable[[dict[str, torch.Tensor]], float], laps: dict[str,
 
 def record(name: str, result: dict[str, Any]) -> None:
     """Prints a result and writes it to results/NAME.json with versions and hardware."""
+    from dyvte.provenance import versions, write_json  # other checkouts are timed with this file too
+
     result |= {
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
