@@ -49,7 +49,7 @@ class PromptPass:
         self.counts: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         self.kept: list[list[tuple[torch.Tensor, KeptTokens]]] = []
         self._reductions: list[Reduction] = []
-        self._verdicts: dict[tuple[int, int], list[Verdict]] = {}
+        self._verdicts: dict[int, list[Verdict]] = {}
         self._checked = False
         self.returns_tuple = False
         self._returned: torch.Tensor | None = None
@@ -135,14 +135,15 @@ class PromptPass:
     # Which tokens go.
 
     def _reduce(self, index: int) -> None:
-        for number, reduction in enumerate(self._reductions):
+        """Asks the reductions whose turn it is, all about the same tokens, and takes away what any of them drops."""
+        for reduction in self._reductions:
             layer = index + reduction.lookahead
             if (index > 0 or layer == 0) and self._asks(reduction, layer):
                 for group in self.groups:
-                    self._ask(number, reduction, group, layer)
-            verdicts = self._verdicts.pop((number, index), None)
-            if verdicts is not None:
-                self._apply(index, verdicts)
+                    self._ask(reduction, group, layer)
+        verdicts = self._verdicts.pop(index, None)
+        if verdicts is not None:
+            self._apply(index, verdicts)
 
     def _asks(self, reduction: Reduction, layer: int) -> bool:
         allowed = self.spec.first <= layer < self.spec.num_layers
@@ -156,7 +157,7 @@ class PromptPass:
         admitted = reduction.admitted
         return group.memo(lambda: group.reducible[admitted[group.samples[group.reducible]]], "admitted", reduction)
 
-    def _ask(self, number: int, reduction: Reduction, group: Group, layer: int) -> None:
+    def _ask(self, reduction: Reduction, group: Group, layer: int) -> None:
         places = self._places(group, reduction)
         if len(places) == 0:
             return
@@ -170,11 +171,14 @@ class PromptPass:
                 f"{type(reduction).__name__}.update() must return states {list(view.hidden.shape)}, and needs the "
                 "states of the layer itself: leave lookahead at 0"
             )
-        self._verdicts.setdefault((number, layer), []).append(Verdict(view, keep, update))
+        self._verdicts.setdefault(layer, []).append(Verdict(view, keep, update))
 
     def _apply(self, index: int, verdicts: Sequence[Verdict]) -> None:
         """Takes away what verdicts said, where they said anything."""
-        for verdict in verdicts:
+        updates = [verdict for verdict in verdicts if verdict.update is not None]
+        if len({id(verdict.view.group) for verdict in updates}) < len(updates):
+            raise ValueError(f"two reductions replace states before decoder layer {index}: give them different layers")
+        for verdict in updates:
             verdict.update_states()
         said = [verdict for verdict in verdicts if verdict.takes()]
         if not said:
