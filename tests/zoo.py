@@ -7,6 +7,8 @@ One walk shrinks every config and its parts by the names of their fields; what a
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -27,6 +29,7 @@ ANY = {
     "max_position_embeddings": 512,
     "conv_kernel_size": 3,
     "num_channels": 3,
+    "projection_dim": HIDDEN,
     **dict.fromkeys(("projector_hidden_size", "projection_hidden_size", "projection_hidden_dim"), 32),
     **dict.fromkeys(("alignment_intermediate_size", "projection_intermediate_size", "merged_hidden_size"), 32),
     "base_channels": 32,
@@ -96,7 +99,6 @@ VISION = {
     "patch_size": 4,
     "vocab_size": 40,
     **dict.fromkeys(("out_hidden_size", "text_hidden_size"), HIDDEN),
-    "projection_dim": HIDDEN,
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
     "position_embedding_size": 16,
@@ -109,7 +111,8 @@ VISION = {
     "adapter_input_size": 32,
     "output_dim": HIDDEN,
     "output_channels": 32,
-    "window_size": 2,
+    **dict.fromkeys(("max_image_size", "max_img_size"), 64),
+    **dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 32),
 }
 VISUAL_PARTS = ("vision", "high_res", "audio", "sam", "encoder", "vq", "qformer", "perceiver", "adapter", "protein")
 
@@ -131,7 +134,9 @@ def shrink(config: PreTrainedConfig | type[PreTrainedConfig], part: str = "") ->
     default = config() if isinstance(config, type) else config
     names = [field.name for field in dataclasses.fields(kind)]
     sizes = ANY | (VISION if part.startswith(VISUAL_PARTS) else TEXT)
-    small = {"model_type": kind.model_type} | {name: sizes[name] for name in names if name in sizes}
+    small = {"model_type": kind.model_type} | {
+        name: sizes[name.removeprefix("swa_")] for name in names if name.removeprefix("swa_") in sizes
+    }
     small |= {n: i for n, i in token_ids(names).items() if n in names}
     if "kv_lora_rank" in names:
         small["num_key_value_heads"] = HEADS  # latent attention has a key for every query head
@@ -139,8 +144,8 @@ def shrink(config: PreTrainedConfig | type[PreTrainedConfig], part: str = "") ->
     if len(types) > 1 and "layer_types" in names:
         order = (0, 1, 0, 0, 1) if len(types) == 2 else range(len(types))
         small["layer_types"] = ([types[i] for i in order] * LAYERS)[: small.get("num_hidden_layers", LAYERS)]
-    for name in kind.sub_configs:
-        inner = getattr(default, name, None)
+    for name, own in kind.sub_configs.items():
+        inner = getattr(default, name, None) or (own if name == "vision_config" else None)
         if inner is not None:
             small[name] = shrink(inner, name)
     return small
@@ -197,3 +202,84 @@ def tiny_model(name: str, attention: str = "eager") -> transformers.PreTrainedMo
     torch.manual_seed(0)
     with mock.patch.object(AutoModel, "from_config", part):
         return getattr(transformers, MAPPING[name])(config).eval()
+
+
+def vision_size(config: PreTrainedConfig, *names: str, default: int) -> int:
+    """The first of these fields that the vision part of a config has."""
+    vision = getattr(config, "vision_config", None)
+    found = (getattr(vision, name, None) for name in names)
+    value = next((v for v in found if v is not None), default)
+    return value[0] if isinstance(value, (tuple, list)) else value
+
+
+def pixels(model: transformers.PreTrainedModel, name: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """What the processor of this model would make of one image, by the names that the model takes."""
+    shapes = FIXES.get(name, {}).get("pixels")
+    if shapes is None:
+        takes = inspect.signature(features_of(model)).parameters
+        if "image_grid_thw" in takes:
+            patch = vision_size(model.config, "patch_size", default=4)
+            frames = vision_size(model.config, "temporal_patch_size", "patch_temporal", default=1)
+            shapes = {"pixel_values": (16, 3 * frames * patch**2), "image_grid_thw": [[1, 4, 4]]}
+        else:
+            side = vision_size(model.config, "image_size", default=16)
+            shapes = {"pixel_values": (1, 3, side, side)}
+    return {
+        key: torch.randn(shape, generator=generator) if isinstance(shape, tuple) else torch.tensor(shape)
+        for key, shape in shapes.items()
+    }
+
+
+def features_of(model: transformers.PreTrainedModel) -> Callable[..., Any]:
+    """The method that encodes images, of the model or of the one that it wraps."""
+    return next(m.get_image_features for m in (model, model.base_model) if hasattr(m, "get_image_features"))
+
+
+@torch.no_grad()
+def count_tokens(model: transformers.PreTrainedModel, given: dict[str, torch.Tensor]) -> int:
+    """How many visual tokens the model makes of an image: asked, not computed."""
+    features = features_of(model)(**given)
+    if not isinstance(features, (tuple, list)):
+        features = features.last_hidden_state if features.pooler_output is None else features.pooler_output
+    parts = features if isinstance(features, (tuple, list)) else [features]
+    return sum(part.numel() // part.shape[-1] for part in parts)
+
+
+Piece = int | str
+
+
+def inputs(model: transformers.PreTrainedModel, name: str, *prompts: list[Piece], seed: int = 0) -> dict[str, Any]:
+    """A left-padded batch of prompts, each a list of pieces: a number of text tokens, or "image"."""
+    fixes, takes = FIXES.get(name, {}), inspect.signature(model.forward).parameters
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[list[int]] = []
+    looked: list[dict[str, torch.Tensor]] = []
+    for prompt in prompts:
+        ids = []
+        for piece in prompt:
+            if piece == "image":
+                looked.append(pixels(model, name, generator))
+                before, after = fixes.get("around", ((), ()))
+                tokens = fixes.get("tokens") or count_tokens(model, looked[-1])
+                ids += [*before, *[IMAGE] * tokens, *after]
+            else:
+                ids += torch.randint(3, 80, (piece,), generator=generator).tolist()
+        rows.append(ids)
+    length = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    given = {"input_ids": ids, "attention_mask": mask}
+    for types in ("mm_token_type_ids", "token_type_ids"):
+        if types in takes:
+            given[types] = (ids == IMAGE).int()
+    if "mask_as" in fixes:
+        given[fixes["mask_as"]] = ids == IMAGE
+    along = fixes.get("along", {})
+    return given | {
+        key: torch.cat([image[key] for image in looked], along.get(key, 0)) for key in (looked[0] if looked else ())
+    }
+
+
+def visual(given: dict[str, Any]) -> torch.Tensor:
+    """bool [batch, sequence], the visual tokens."""
+    return given["input_ids"] == IMAGE

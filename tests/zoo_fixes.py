@@ -6,11 +6,15 @@ Towers that only come with timm are replaced by small ones of transformers.
 from __future__ import annotations
 
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
-QWEN3_5 = {"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}}
+MROPE_HALF = {**MROPE, "mrope_section": [2, 1, 1]}
+WHOLE = {**MROPE, "partial_rotary_factor": 1.0}
+LETTERS = [*"ABCDEFGHIJ", *("B" + c for c in "ABCDEF")]  # how Chameleon writes 0 to 15
+ROWS_4_BY_4 = [[[x, y, *(((x + 2 * y) * (i + 3)) % 7 - 3.0 for i in range(32))] for y in range(4) for x in range(4)]]
+GRID_4_BY_4 = [[[x, y] for y in range(4) for x in range(4)]]
+OMNI = {"vision_start_token_id": 93, "vision_end_token_id": 94, "audio_start_token_id": 95, "audio_end_token_id": 96}
 TOWER = {"model_args": {"embed_dim": 32}}
 
 FIXES: dict[str, dict] = {
-    "florence2": {"config": {"vision_config": {"patch_size": [3] * 4, "embed_dim": [8] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4}}},
     "apertus1p5": {
         "config": {
             "text_config": {"vocab_size": 132},
@@ -18,13 +22,17 @@ FIXES: dict[str, dict] = {
             "audio_config": {"codebook_dim": 32},
             "image_token_offset": 100,
             "audio_token_offset": 116,
-        }
+        },
+        "pixels": {"pixel_values": (1, 3, 16, 16), "image_sizes": [[16, 16]]},
     },
+    "aria": {"config": {"projector_patch_to_query_dict": {"16": 8}}},
+    "blip-2": {"config": {"num_query_tokens": 4, "image_token_index": 90}},
     "chameleon": {
         "config": {
             "vocab_size": 132,
-            "vocabulary_map": {"<image>": 90} | {f"IMGIMG{c}": 100 + i for i, c in enumerate("ABCDEFGHIJKLMNOP")},
-        }
+            "vocabulary_map": {"<image>": 90} | {f"IMGIMG{c}Z": 100 + i for i, c in enumerate(LETTERS)},
+        },
+        "pixels": {"pixel_values": (1, 3, 64, 64)},
     },
     "cohere_compass": {
         "config": {
@@ -36,10 +44,18 @@ FIXES: dict[str, dict] = {
         }
     },
     "cosmos3_edge": {"config": {"text_config": {"rope_parameters": MROPE}}},
+    "cosmos3_omni": {
+        "config": {"text_config": {"rope_parameters": MROPE}, "vision_config": {"deepstack_visual_indexes": [0, 1]}}
+    },
     "deepseek_ocr2": {
         "config": {
             "text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 4, "n_group": 1, "topk_group": 1},
-        }
+            "vision_config": {"sam_config": {"downsample_channels": [32, 32]}},
+        },
+    },
+    "deepseek_vl_hybrid": {
+        "config": {"high_res_vision_config": {"image_size": 32, "global_attn_indexes": [0]}},
+        "pixels": {"pixel_values": (1, 3, 16, 16), "high_res_pixel_values": (1, 3, 32, 32)},
     },
     "dots3_note": {
         "config": {
@@ -58,16 +74,26 @@ FIXES: dict[str, dict] = {
     "emu3": {
         "config": {
             "text_config": {"vocab_size": 132},
+            "vq_config": {"channel_multiplier": [1, 1]},
             "vocabulary_map": {"<image>": 90, "<|extra_200|>": 99}
             | {f"<|visual token {i:06d}|>": 100 + i for i in range(16)},
-        }
+        },
+        "pixels": {"pixel_values": (1, 3, 16, 16), "image_sizes": [[16, 16]]},
     },
     "ernie4_5_vl_moe": {
         "config": {
             "text_config": {"moe_intermediate_size": [24, 24], "rope_parameters": {**MROPE, "mrope_section": [3, 3, 2]}}
         }
     },
+    "exaone4_5": {"config": {"vision_config": {"window_size": 16, "fullatt_block_indexes": [1]}}},
     "fast_vlm": {"config": {"vision_config": {"hidden_size": 32}}},
+    "florence2": {
+        "config": {
+            "vision_config": {"patch_size": [3] * 4, "embed_dim": [8] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4}
+        }
+    },
+    "fuyu": {"config": {"patch_size": 4}, "pixels": {"pixel_values": (1, 4, 48)}},
+    "gemma3": {"config": {"mm_tokens_per_image": 4}},
     "gemma3n": {
         "config": {
             "vision_config": {"vocab_size": 4, "vocab_offset": 96},
@@ -76,24 +102,141 @@ FIXES: dict[str, dict] = {
             "vision_soft_tokens_per_image": 16,
         }
     },
-    "gemma4": {"config": {"text_config": {"global_head_dim": 16}, "vision_config": {"model_type": "gemma4_vision"}}},
+    "gemma4": {
+        "config": {
+            "text_config": {"global_head_dim": 16, "num_kv_shared_layers": 2},
+            "vision_config": {"pooling_kernel_size": 2},
+        },
+        "pixels": {"pixel_values": (1, 16, 48), "image_position_ids": GRID_4_BY_4},
+    },
+    "gemma4_unified": {
+        "config": {
+            "text_config": {"global_head_dim": 16},
+            "vision_config": {"pooling_kernel_size": 1, "mm_embed_dim": 32, "output_proj_dims": 32},
+        },
+        "pixels": {"pixel_values": (1, 16, 48), "image_position_ids": GRID_4_BY_4},
+    },
+    "glm46v": {"config": {"text_config": {"rope_parameters": MROPE}}},
+    "glm4v": {"config": {"text_config": {"rope_parameters": MROPE}}},
+    "glm4v_moe": {"config": {"text_config": {"rope_parameters": {**WHOLE}}}},
     "glm5_next": {"config": {"text_config": {"index_kpool": 2, "qk_rope_head_dim": 0}}},
+    "glm_ocr": {"config": {"text_config": {"rope_parameters": MROPE}}},
+    "glmga": {"config": {"text_config": {"rope_parameters": MROPE}}},
     "granite4_vision": {
         "config": {
             "deepstack_layer_map": [[-2, 0], [-1, 1]],
             "spatial_target_layers": [2],
             "downsample_rate": "1/2",
             "vision_config": {"hidden_size": 64},
+            "image_grid_pinpoints": [[16, 32], [32, 16]],
+        },
+        "tokens": 14,
+        "pixels": {"pixel_values": (1, 3, 3, 16, 16), "image_sizes": [[16, 32]]},
+    },
+    "granite_docling": {
+        "config": {"vision_config": {"scale_factor": 2, "deepstack_visual_indexes": [0, 1]}},
+        "pixels": {"pixel_values": (1, 1, 3, 16, 16), "pixel_attention_mask": [[True]]},
+    },
+    "hunyuan_vl": {
+        "config": {"text_config": {"rope_parameters": {**MROPE, "mrope_section": [2, 2, 2, 2]}}},
+        "pixels": {"pixel_values": (16, 48), "image_grid_thw": [[1, 4, 4]]},
+    },
+    "hy_v4_vl": {"config": {"text_config": {"rope_parameters": MROPE_HALF}}},
+    "hyperclovax_vision_v2": {"config": {"vision_config": {"window_size": 16, "fullatt_block_indexes": [1]}}},
+    "idefics2": {
+        "config": {"perceiver_config": {"resampler_n_latents": 4, "resampler_n_heads": 2, "resampler_head_dim": 16}},
+        "pixels": {"pixel_values": (1, 1, 3, 16, 16)},
+    },
+    "idefics3": {"pixels": {"pixel_values": (1, 1, 3, 16, 16)}},
+    "inkling2": {
+        "config": {"text_config": {"rel_extent": 16, "n_layers_per_attn_res_block": 2}},
+        "pixels": {"pixel_values": (4, 8, 8, 3), "image_grid_thw": [[1, 2, 2]]},
+    },
+    "inkling2_loop": {
+        "config": {
+            "text_config": {
+                "rel_extent": 16,
+                "n_layers_per_attn_res_block": 1,
+                "loop_layer_index_start": 1,
+                "loop_layer_index_end": 4,
+                "loop_num_passes": 2,
+                "loop_gate_rank": 4,
+            }
+        },
+        "pixels": {"pixel_values": (4, 8, 8, 3), "image_grid_thw": [[1, 2, 2]]},
+    },
+    "inkling_mm_model": {
+        "config": {"text_config": {"rel_extent": 16}},
+        "pixels": {"pixel_values": (4, 2, 4, 4, 3)},
+    },
+    "instructblip": {
+        "config": {"num_query_tokens": 4, "image_token_index": 90},
+        "pixels": {"pixel_values": (1, 3, 16, 16), "qformer_input_ids": [[5, 6, 7]]},
+    },
+    "instructblipvideo": {
+        "config": {"num_query_tokens": 4, "video_token_index": 90},
+        "pixels": {"pixel_values": (1, 2, 3, 16, 16), "qformer_input_ids": [[5, 6, 7]]},
+        "tokens": 8,
+    },
+    "kimi_k25": {"pixels": {"pixel_values": (16, 3, 4, 4), "image_grid_thw": [[1, 4, 4]]}},
+    "kosmos-2": {
+        "config": {"latent_query_num": 4},
+        "mask_as": "image_embeds_position_mask",
+    },
+    "kosmos-2.5": {
+        "config": {"latent_query_num": 4},
+        "pixels": {"flattened_patches": ROWS_4_BY_4},
+        "mask_as": "image_embeds_position_mask",
+    },
+    "lfm2_vl": {
+        "config": {"vision_config": {"num_patches": 16}},
+        "pixels": {
+            "pixel_values": (1, 16, 48),
+            "spatial_shapes": [[4, 4]],
+            "pixel_attention_mask": [[1] * 16],
+        },
+    },
+    "lighton_ocr": {"pixels": {"pixel_values": (1, 3, 16, 16), "image_sizes": [[16, 16]]}},
+    "llama4": {"config": {"vision_config": {"intermediate_size": 128}}},
+    "llava_next": {
+        "config": {"image_grid_pinpoints": [[16, 32], [32, 16]]},
+        "pixels": {"pixel_values": (1, 3, 3, 16, 16), "image_sizes": [[16, 32]]},
+    },
+    "llava_next_video": {
+        "config": {"image_grid_pinpoints": [[16, 32], [32, 16]]},
+        "pixels": {"pixel_values": (1, 3, 3, 16, 16), "image_sizes": [[16, 32]]},
+    },
+    "llava_onevision": {
+        "config": {"image_grid_pinpoints": [[16, 32], [32, 16]]},
+        "pixels": {"pixel_values": (1, 3, 3, 16, 16), "image_sizes": [[16, 32]]},
+    },
+    "minimax_m3_vl": {
+        "config": {
+            "text_config": {
+                "layer_types": ["full_attention", "minimax_m3_sparse"] * 2 + ["minimax_m3_sparse"],
+                "index_block_size": 4,
+                "index_topk_blocks": 2,
+            }
         }
     },
-    "hy_v4_vl": {"config": {"text_config": {"rope_parameters": {**MROPE, "mrope_section": [2, 1, 1]}}}},
-    "muse_spark": {"config": {"audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8] * 4}}},
+    "mistral3": {"pixels": {"pixel_values": (1, 3, 16, 16), "image_sizes": [[16, 16]]}},
+    "mistral4": {"pixels": {}, "tokens": 6},
+    "mistral_large4": {"pixels": {"pixel_values": (1, 3, 16, 16), "image_sizes": [[16, 16]]}},
     "molmo2": {
         "config": {
             "vision_config": {"image_size": [16, 16]},
             "adapter_config": {"vision_feature_layer": [1, 0]},
             "image_patch_id": 90,
-        }
+        },
+        "pixels": {
+            "pixel_values": (1, 16, 48),
+            "image_token_pooling": [[4 * i + j for j in range(4)] for i in range(4)],
+            "image_grids": [[2, 2, 0, 0]],
+        },
+    },
+    "muse_glimmer": {"config": {"out_hidden_size": 128}},
+    "muse_spark": {
+        "config": {"out_hidden_size": 128, "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8] * 4}}
     },
     "nemotron_h_omni": {
         "config": {
@@ -102,9 +245,60 @@ FIXES: dict[str, dict] = {
                 "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention", "moe"],
             },
             "vision_hidden_size": 32,
+        },
+        "pixels": {"pixel_values": (16, 48), "image_grid_hw": [[4, 4]]},
+    },
+    "paddleocr_vl": {
+        "config": {"text_config": {"rope_parameters": MROPE}},
+        "pixels": {"pixel_values": (16, 3, 4, 4), "image_grid_thw": [[1, 4, 4]]},
+    },
+    "perception_lm": {"config": {"vision_config": TOWER}, "pixels": {"pixel_values": (1, 1, 3, 16, 16)}},
+    "qwen2_5_omni_thinker": {
+        "config": {
+            **OMNI,
+            "text_config": {"rope_parameters": MROPE},
+            "vision_config": {"window_size": 16, "fullatt_block_indexes": [1]},
+        },
+        "around": ([93], [94]),
+    },
+    "qwen2_5_vl": {
+        "config": {
+            "text_config": {"rope_parameters": MROPE},
+            "vision_config": {"window_size": 16, "fullatt_block_indexes": [1]},
         }
     },
-    "perception_lm": {"config": {"vision_config": TOWER}},
+    "qwen2_vl": {"config": {"text_config": {"rope_parameters": MROPE}, "vision_config": {"hidden_size": 64}}},
+    "qwen3_5": {"config": {"text_config": {"rope_parameters": WHOLE}}},
+    "qwen3_5_moe": {"config": {"text_config": {"rope_parameters": WHOLE}}},
+    "minicpm_ocr": {
+        "config": {"text_config": {"rope_parameters": WHOLE}, "vision_config": {"insert_layer_id": 0}},
+        "pixels": {"pixel_values": (1, 3, 4, 64), "target_sizes": [[4, 4]]},
+        "along": {"pixel_values": 3},
+    },
+    "minicpmv4_6": {
+        "config": {"text_config": {"rope_parameters": WHOLE}, "vision_config": {"insert_layer_id": 0}},
+        "pixels": {"pixel_values": (1, 3, 4, 64), "target_sizes": [[4, 4]]},
+        "along": {"pixel_values": 3},
+    },
+    "minicpmv4_7": {
+        "config": {"text_config": {"rope_parameters": WHOLE}, "vision_config": {"insert_layer_id": 0}},
+        "pixels": {"pixel_values": (1, 3, 4, 64), "target_sizes": [[4, 4]]},
+        "along": {"pixel_values": 3},
+    },
+    "qwen3_omni_moe_thinker": {
+        "config": {
+            **OMNI,
+            "text_config": {"rope_parameters": MROPE},
+            "vision_config": {"deepstack_visual_indexes": [0, 1]},
+        },
+        "around": ([93], [94]),
+    },
+    "qwen3_vl": {
+        "config": {"text_config": {"rope_parameters": MROPE}, "vision_config": {"deepstack_visual_indexes": [0, 1]}}
+    },
+    "qwen3_vl_moe": {
+        "config": {"text_config": {"rope_parameters": MROPE}, "vision_config": {"deepstack_visual_indexes": [0, 1]}}
+    },
     "qwen4_exp": {
         "config": {
             "text_config": {
@@ -117,4 +311,20 @@ FIXES: dict[str, dict] = {
             }
         }
     },
+    "shieldgemma2": {"config": {"mm_tokens_per_image": 4}},
+    "smolvlm": {"pixels": {"pixel_values": (1, 1, 3, 16, 16)}},
+    "step3p7": {"config": {"vision_config": {"image_size": 32}}},
+    "t5gemma2": {"config": {"encoder": {"mm_tokens_per_image": 4}}},
+    "unlimited_ocr": {
+        "config": {
+            "vision_config": {"sam_config": {"downsample_channels": [32, 32], "image_size": 64}},
+            "text_config": {"num_key_value_heads": 4},
+        },
+        "pixels": {"pixel_values": (1, 3, 64, 64)},
+    },
+    "video_llama_3": {
+        "pixels": {"pixel_values": (16, 48), "image_grid_thw": [[1, 4, 4]], "image_merge_sizes": [2]},
+    },
+    "vipllava": {"config": {"vision_feature_layer": [-2, -1]}},
+    # Encoder-decoders, and prompts that no visual token is part of: built to see how they are refused.
 }
