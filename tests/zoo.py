@@ -70,7 +70,7 @@ TEXT = {
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
     "index_topk": 8,
-    "index_n_heads": 2,
+    "index_n_heads": 16,  # fewer leave keys with equal scores of 0, whose order is chance
     "index_head_dim": 16,
     # linear attention
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 8),
@@ -137,6 +137,8 @@ def shrink(config: PreTrainedConfig | type[PreTrainedConfig], part: str = "") ->
     small = {"model_type": kind.model_type} | {
         name: sizes[name.removeprefix("swa_")] for name in names if name.removeprefix("swa_") in sizes
     }
+    if getattr(default, "sliding_window", None) is None:
+        small.pop("sliding_window", None)
     small |= {n: i for n, i in token_ids(names).items() if n in names}
     if "kv_lora_rank" in names:
         small["num_key_value_heads"] = HEADS  # latent attention has a key for every query head
@@ -175,6 +177,8 @@ class Tower(transformers.PreTrainedModel):
     """Stands in for towers that only timm has: patches, as a map or, with a class token, in a row."""
 
     config_class = TimmWrapperConfig
+
+    _supports_sdpa = True
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
@@ -271,7 +275,7 @@ def inputs(model: transformers.PreTrainedModel, name: str, *prompts: list[Piece]
     given = {"input_ids": ids, "attention_mask": mask}
     for types in ("mm_token_type_ids", "token_type_ids"):
         if types in takes:
-            given[types] = (ids == IMAGE).int()
+            given[types] = (ids == IMAGE).int() if "answer_type" not in fixes else torch.zeros_like(ids)
     if "mask_as" in fixes:
         given[fixes["mask_as"]] = ids == IMAGE
     along = fixes.get("along", {})
@@ -283,3 +287,16 @@ def inputs(model: transformers.PreTrainedModel, name: str, *prompts: list[Piece]
 def visual(given: dict[str, Any]) -> torch.Tensor:
     """bool [batch, sequence], the visual tokens."""
     return given["input_ids"] == IMAGE
+
+
+def extend(
+    model: transformers.PreTrainedModel, name: str, given: dict[str, Any], answer: torch.Tensor
+) -> dict[str, Any]:
+    """The inputs of a prompt and some tokens of its answer, long [batch, tokens], as one whole sequence."""
+    longer = dict(given)
+    for key, value in given.items():
+        if value.shape == given["input_ids"].shape and key not in ("pixel_values",):
+            filled = {"attention_mask": 1, "token_type_ids": FIXES.get(name, {}).get("answer_type", 0)}.get(key, 0)
+            more = answer if key == "input_ids" else torch.full_like(answer, filled)
+            longer[key] = torch.cat([value, more.to(value.dtype)], 1)
+    return longer

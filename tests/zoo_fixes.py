@@ -122,6 +122,8 @@ FIXES: dict[str, dict] = {
     "glm5_next": {"config": {"text_config": {"index_kpool": 2, "qk_rope_head_dim": 0}}},
     "glm_ocr": {"config": {"text_config": {"rope_parameters": MROPE}}},
     "glmga": {"config": {"text_config": {"rope_parameters": MROPE}}},
+    "got_ocr2": {"config": {"vision_config": {"image_size": 32}}},
+    "pp_chart2table": {"config": {"vision_config": {"image_size": 32}}},
     "granite4_vision": {
         "config": {
             "deepstack_layer_map": [[-2, 0], [-1, 1]],
@@ -189,7 +191,10 @@ FIXES: dict[str, dict] = {
         "mask_as": "image_embeds_position_mask",
     },
     "lfm2_vl": {
-        "config": {"vision_config": {"num_patches": 16}},
+        "config": {
+            "text_config": {"full_attn_idxs": [1, 4]},
+            "vision_config": {"num_patches": 16},
+        },
         "pixels": {
             "pixel_values": (1, 16, 48),
             "spatial_shapes": [[4, 4]],
@@ -214,6 +219,7 @@ FIXES: dict[str, dict] = {
         "config": {
             "text_config": {
                 "layer_types": ["full_attention", "minimax_m3_sparse"] * 2 + ["minimax_m3_sparse"],
+                "index_n_heads": 2,
                 "index_block_size": 4,
                 "index_topk_blocks": 2,
             }
@@ -242,6 +248,7 @@ FIXES: dict[str, dict] = {
         "config": {
             "vision_config": {"video_temporal_patch_size": 2},
             "text_config": {
+                "time_step_min": 0.0,  # only whole prompts are clamped to it, steps are not
                 "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention", "moe"],
             },
             "vision_hidden_size": 32,
@@ -252,6 +259,7 @@ FIXES: dict[str, dict] = {
         "config": {"text_config": {"rope_parameters": MROPE}},
         "pixels": {"pixel_values": (16, 3, 4, 4), "image_grid_thw": [[1, 4, 4]]},
     },
+    "paligemma": {"answer_type": 1},
     "perception_lm": {"config": {"vision_config": TOWER}, "pixels": {"pixel_values": (1, 1, 3, 16, 16)}},
     "qwen2_5_omni_thinker": {
         "config": {
@@ -272,17 +280,17 @@ FIXES: dict[str, dict] = {
     "qwen3_5_moe": {"config": {"text_config": {"rope_parameters": WHOLE}}},
     "minicpm_ocr": {
         "config": {"text_config": {"rope_parameters": WHOLE}, "vision_config": {"insert_layer_id": 0}},
-        "pixels": {"pixel_values": (1, 3, 4, 64), "target_sizes": [[4, 4]]},
+        "pixels": {"pixel_values": (1, 3, 4, 256), "target_sizes": [[8, 8]]},
         "along": {"pixel_values": 3},
     },
     "minicpmv4_6": {
         "config": {"text_config": {"rope_parameters": WHOLE}, "vision_config": {"insert_layer_id": 0}},
-        "pixels": {"pixel_values": (1, 3, 4, 64), "target_sizes": [[4, 4]]},
+        "pixels": {"pixel_values": (1, 3, 4, 256), "target_sizes": [[8, 8]]},
         "along": {"pixel_values": 3},
     },
     "minicpmv4_7": {
         "config": {"text_config": {"rope_parameters": WHOLE}, "vision_config": {"insert_layer_id": 0}},
-        "pixels": {"pixel_values": (1, 3, 4, 64), "target_sizes": [[4, 4]]},
+        "pixels": {"pixel_values": (1, 3, 4, 256), "target_sizes": [[8, 8]]},
         "along": {"pixel_values": 3},
     },
     "qwen3_omni_moe_thinker": {
@@ -302,7 +310,7 @@ FIXES: dict[str, dict] = {
     "qwen4_exp": {
         "config": {
             "text_config": {
-                "indexer_n_heads": 2,
+                "indexer_n_heads": 16,
                 "indexer_kv_heads": 1,
                 "indexer_head_dim": 16,
                 "indexer_budget": 8,
@@ -313,7 +321,7 @@ FIXES: dict[str, dict] = {
     },
     "shieldgemma2": {"config": {"mm_tokens_per_image": 4}},
     "smolvlm": {"pixels": {"pixel_values": (1, 1, 3, 16, 16)}},
-    "step3p7": {"config": {"vision_config": {"image_size": 32}}},
+    "step3p7": {"config": {"vision_config": {"image_size": 32}, "text_config": {"sliding_window": 12}}},
     "t5gemma2": {"config": {"encoder": {"mm_tokens_per_image": 4}}},
     "unlimited_ocr": {
         "config": {
