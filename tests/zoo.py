@@ -21,11 +21,12 @@ from zoo_fixes import FIXES
 
 LAYERS = 5
 PAD, IMAGE, VIDEO, AUDIO = 0, 90, 91, 92
+SPECIAL = range(IMAGE, 140)
 HIDDEN, HEADS, HEAD_DIM = 64, 4, 16
 
 ANY = {
-    "initializer_range": 0.2,  # far from uniform attention, so that a wrong mask shows
-    "init_std": 0.2,
+    "initializer_range": 0.1,  # with states of 64, far from uniform attention, so that a wrong mask shows
+    "init_std": 0.1,
     "max_position_embeddings": 512,
     "conv_kernel_size": 3,
     "num_channels": 3,
@@ -205,7 +206,14 @@ def tiny_model(name: str, attention: str = "eager") -> transformers.PreTrainedMo
 
     torch.manual_seed(0)
     with mock.patch.object(AutoModel, "from_config", part):
-        return getattr(transformers, MAPPING[name])(config).eval()
+        model = getattr(transformers, MAPPING[name])(config).eval()
+    for module in model.modules():  # some generate through a part
+        if getattr(module, "generation_config", None) is not None:
+            module.generation_config = transformers.GenerationConfig(pad_token_id=PAD, suppress_tokens=[PAD, *SPECIAL])
+    if "output" in FIXES.get(name, {}):
+        path, missing = FIXES[name]["output"]
+        model.get_submodule(path).register_forward_hook(lambda module, args, out: setattr(out, missing, None))
+    return model
 
 
 def vision_size(config: PreTrainedConfig, *names: str, default: int) -> int:
@@ -258,11 +266,13 @@ def inputs(model: transformers.PreTrainedModel, name: str, *prompts: list[Piece]
     generator = torch.Generator().manual_seed(seed)
     rows: list[list[int]] = []
     looked: list[dict[str, torch.Tensor]] = []
-    for prompt in prompts:
+    sample: list[int] = []
+    for row, prompt in enumerate(prompts):
         ids = []
         for piece in prompt:
             if piece == "image":
                 looked.append(pixels(model, name, generator))
+                sample.append(row)
                 before, after = fixes.get("around", ((), ()))
                 tokens = fixes.get("tokens") or count_tokens(model, looked[-1])
                 ids += [*before, *[IMAGE] * tokens, *after]
@@ -278,10 +288,16 @@ def inputs(model: transformers.PreTrainedModel, name: str, *prompts: list[Piece]
             given[types] = (ids == IMAGE).int() if "answer_type" not in fixes else torch.zeros_like(ids)
     if "mask_as" in fixes:
         given[fixes["mask_as"]] = ids == IMAGE
-    along = fixes.get("along", {})
-    return given | {
-        key: torch.cat([image[key] for image in looked], along.get(key, 0)) for key in (looked[0] if looked else ())
-    }
+    for key in looked[0] if looked else ():
+        parts = [image[key] for image in looked]
+        if key in fixes.get("counts on", {}):
+            parts = [part + fixes["counts on"][key] * index for index, part in enumerate(parts)]
+        if "per sample" in fixes:  # the images of a sample in a row, zeros after them
+            rows_of = [torch.cat([p for p, s in zip(parts, sample) if s == row], 1)[0] for row in range(len(prompts))]
+            given[key] = torch.nn.utils.rnn.pad_sequence(rows_of, batch_first=True)
+        else:
+            given[key] = torch.cat(parts, fixes.get("along", {}).get(key, 0))
+    return given
 
 
 def visual(given: dict[str, Any]) -> torch.Tensor:
@@ -289,13 +305,11 @@ def visual(given: dict[str, Any]) -> torch.Tensor:
     return given["input_ids"] == IMAGE
 
 
-def extend(
-    model: transformers.PreTrainedModel, name: str, given: dict[str, Any], answer: torch.Tensor
-) -> dict[str, Any]:
+def extend(name: str, given: dict[str, Any], answer: torch.Tensor) -> dict[str, Any]:
     """The inputs of a prompt and some tokens of its answer, long [batch, tokens], as one whole sequence."""
     longer = dict(given)
     for key, value in given.items():
-        if value.shape == given["input_ids"].shape and key not in ("pixel_values",):
+        if value.shape == given["input_ids"].shape:
             filled = {"attention_mask": 1, "token_type_ids": FIXES.get(name, {}).get("answer_type", 0)}.get(key, 0)
             more = answer if key == "input_ids" else torch.full_like(answer, filled)
             longer[key] = torch.cat([value, more.to(value.dtype)], 1)

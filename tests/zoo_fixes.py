@@ -12,6 +12,8 @@ LETTERS = [*"ABCDEFGHIJ", *("B" + c for c in "ABCDEF")]  # how Chameleon writes 
 ROWS_4_BY_4 = [[[x, y, *(((x + 2 * y) * (i + 3)) % 7 - 3.0 for i in range(32))] for y in range(4) for x in range(4)]]
 GRID_4_BY_4 = [[[x, y] for y in range(4) for x in range(4)]]
 OMNI = {"vision_start_token_id": 93, "vision_end_token_id": 94, "audio_start_token_id": 95, "audio_end_token_id": 96}
+CROSS = "its decoder sees images through cross attention"
+ENCODER = "encoder-decoder: visual tokens go to the encoder, the decoder sees them through cross attention"
 TOWER = {"model_args": {"embed_dim": 32}}
 
 FIXES: dict[str, dict] = {
@@ -88,9 +90,10 @@ FIXES: dict[str, dict] = {
     "exaone4_5": {"config": {"vision_config": {"window_size": 16, "fullatt_block_indexes": [1]}}},
     "fast_vlm": {"config": {"vision_config": {"hidden_size": 32}}},
     "florence2": {
+        "without a prompt": ENCODER,
         "config": {
             "vision_config": {"patch_size": [3] * 4, "embed_dim": [8] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4}
-        }
+        },
     },
     "fuyu": {"config": {"patch_size": 4}, "pixels": {"pixel_values": (1, 4, 48)}},
     "gemma3": {"config": {"mm_tokens_per_image": 4}},
@@ -138,18 +141,24 @@ FIXES: dict[str, dict] = {
     "granite_docling": {
         "config": {"vision_config": {"scale_factor": 2, "deepstack_visual_indexes": [0, 1]}},
         "pixels": {"pixel_values": (1, 1, 3, 16, 16), "pixel_attention_mask": [[True]]},
+        "per sample": True,
     },
     "hunyuan_vl": {
+        "definition": "masks",  # images are numbered through the batch
         "config": {"text_config": {"rope_parameters": {**MROPE, "mrope_section": [2, 2, 2, 2]}}},
         "pixels": {"pixel_values": (16, 48), "image_grid_thw": [[1, 4, 4]]},
     },
-    "hy_v4_vl": {"config": {"text_config": {"rope_parameters": MROPE_HALF}}},
+    "hy_v4_vl": {
+        "definition": "masks",  # layers without an indexer take the columns that an earlier one chose
+        "config": {"text_config": {"rope_parameters": MROPE_HALF}},
+    },
     "hyperclovax_vision_v2": {"config": {"vision_config": {"window_size": 16, "fullatt_block_indexes": [1]}}},
     "idefics2": {
+        "per sample": True,
         "config": {"perceiver_config": {"resampler_n_latents": 4, "resampler_n_heads": 2, "resampler_head_dim": 16}},
         "pixels": {"pixel_values": (1, 1, 3, 16, 16)},
     },
-    "idefics3": {"pixels": {"pixel_values": (1, 1, 3, 16, 16)}},
+    "idefics3": {"per sample": True, "pixels": {"pixel_values": (1, 1, 3, 16, 16)}},
     "inkling2": {
         "config": {"text_config": {"rel_extent": 16, "n_layers_per_attn_res_block": 2}},
         "pixels": {"pixel_values": (4, 8, 8, 3), "image_grid_thw": [[1, 2, 2]]},
@@ -182,12 +191,17 @@ FIXES: dict[str, dict] = {
     },
     "kimi_k25": {"pixels": {"pixel_values": (16, 3, 4, 4), "image_grid_thw": [[1, 4, 4]]}},
     "kosmos-2": {
+        "same length": "the model itself miscounts positions of padded prompts while decoding",
         "config": {"latent_query_num": 4},
+        "pixels": {"pixel_values": (1, 3, 16, 16)},
+        "tokens": 4,
         "mask_as": "image_embeds_position_mask",
     },
     "kosmos-2.5": {
+        "same length": "the model itself miscounts positions of padded prompts while decoding",
         "config": {"latent_query_num": 4},
         "pixels": {"flattened_patches": ROWS_4_BY_4},
+        "tokens": 4,
         "mask_as": "image_embeds_position_mask",
     },
     "lfm2_vl": {
@@ -202,7 +216,11 @@ FIXES: dict[str, dict] = {
         },
     },
     "lighton_ocr": {"pixels": {"pixel_values": (1, 3, 16, 16), "image_sizes": [[16, 16]]}},
-    "llama4": {"config": {"vision_config": {"intermediate_size": 128}}},
+    # 5.24.0 reads an output of the language model that it does not have.
+    "llama4": {
+        "config": {"vision_config": {"intermediate_size": 128}},
+        "output": ("language_model", "image_outputs"),
+    },
     "llava_next": {
         "config": {"image_grid_pinpoints": [[16, 32], [32, 16]]},
         "pixels": {"pixel_values": (1, 3, 3, 16, 16), "image_sizes": [[16, 32]]},
@@ -216,6 +234,7 @@ FIXES: dict[str, dict] = {
         "pixels": {"pixel_values": (1, 3, 3, 16, 16), "image_sizes": [[16, 32]]},
     },
     "minimax_m3_vl": {
+        "definition": "masks",  # blocks of keys are found by position
         "config": {
             "text_config": {
                 "layer_types": ["full_attention", "minimax_m3_sparse"] * 2 + ["minimax_m3_sparse"],
@@ -223,7 +242,7 @@ FIXES: dict[str, dict] = {
                 "index_block_size": 4,
                 "index_topk_blocks": 2,
             }
-        }
+        },
     },
     "mistral3": {"pixels": {"pixel_values": (1, 3, 16, 16), "image_sizes": [[16, 16]]}},
     "mistral4": {"pixels": {}, "tokens": 6},
@@ -239,16 +258,21 @@ FIXES: dict[str, dict] = {
             "image_token_pooling": [[4 * i + j for j in range(4)] for i in range(4)],
             "image_grids": [[2, 2, 0, 0]],
         },
+        "counts on": {"image_token_pooling": 16},
     },
     "muse_glimmer": {"config": {"out_hidden_size": 128}},
     "muse_spark": {
-        "config": {"out_hidden_size": 128, "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8] * 4}}
+        "config": {
+            "text_config": {"initializer_range": 0.05},  # its residual gates carry rounding on
+            "out_hidden_size": 128,
+            "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8] * 4},
+        }
     },
     "nemotron_h_omni": {
         "config": {
             "vision_config": {"video_temporal_patch_size": 2},
             "text_config": {
-                "time_step_min": 0.0,  # only whole prompts are clamped to it, steps are not
+                "time_step_min": 1e-12,  # only whole prompts are clamped to it, steps are not
                 "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention", "moe"],
             },
             "vision_hidden_size": 32,
@@ -320,9 +344,8 @@ FIXES: dict[str, dict] = {
         }
     },
     "shieldgemma2": {"config": {"mm_tokens_per_image": 4}},
-    "smolvlm": {"pixels": {"pixel_values": (1, 1, 3, 16, 16)}},
+    "smolvlm": {"per sample": True, "pixels": {"pixel_values": (1, 1, 3, 16, 16)}},
     "step3p7": {"config": {"vision_config": {"image_size": 32}, "text_config": {"sliding_window": 12}}},
-    "t5gemma2": {"config": {"encoder": {"mm_tokens_per_image": 4}}},
     "unlimited_ocr": {
         "config": {
             "vision_config": {"sam_config": {"downsample_channels": [32, 32], "image_size": 64}},
@@ -334,5 +357,17 @@ FIXES: dict[str, dict] = {
         "pixels": {"pixel_values": (16, 48), "image_grid_thw": [[1, 4, 4]], "image_merge_sizes": [2]},
     },
     "vipllava": {"config": {"vision_feature_layer": [-2, -1]}},
-    # Encoder-decoders, and prompts that no visual token is part of: built to see how they are refused.
+    # No visual token is part of a prompt: built to see them refused.
+    "blip": {"without a prompt": CROSS},
+    "diffusion_gemma": {"without a prompt": "denoises whole blocks of tokens, which attend both ways"},
+    "evolla": {"without a prompt": "its decoder sees proteins through cross attention"},
+    "git": {"no decoder": "its visual rows stand before all tokens, and nothing in the inputs is as long as both"},
+    "idefics": {"without a prompt": CROSS},
+    "mllama": {"without a prompt": CROSS},
+    "pi0": {"without a prompt": "makes actions of a robot by flow matching, no tokens"},
+    "pix2struct": {"without a prompt": ENCODER},
+    "pp_formulanet": {"without a prompt": ENCODER},
+    "t5gemma2": {"without a prompt": ENCODER, "config": {"encoder": {"mm_tokens_per_image": 4}}},
+    "udop": {"without a prompt": ENCODER},
+    "vision-encoder-decoder": {"without a prompt": ENCODER},
 }

@@ -7,7 +7,8 @@ The model around the layers gets rows of zeros in place of the visual ones, whic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+import itertools
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -37,11 +38,17 @@ def sizes(model: nn.Module) -> set[int]:
     def numbers(value: Any) -> Iterator[int]:
         if isinstance(value, int):
             yield value
-        elif isinstance(value, dict):
-            for inner in value.values():
+        elif isinstance(value, (dict, list, tuple)):
+            for inner in value.values() if isinstance(value, dict) else value:
                 yield from numbers(inner)
 
-    return {size for parameter in model.parameters() for size in parameter.shape} | set(numbers(model.config.to_dict()))
+    heads = {getattr(module, "head_dim", 0) for module in model.modules()}
+    heads |= {size // 2 for size in heads if isinstance(size, int)}
+    return (
+        heads
+        | {size for parameter in model.parameters() for size in parameter.shape}
+        | set(numbers(model.config.to_dict()))
+    )
 
 
 def cut(value: Any, length: int, rows: torch.Tensor) -> Any:
@@ -72,38 +79,24 @@ def spread(value: Any, length: int, rows: torch.Tensor) -> Any:
     return value
 
 
-def hide(value: Any, visual: torch.Tensor) -> Any:
-    """In every mask [..., sequence, sequence] the text queries lose sight of the visual keys."""
-    length = len(visual)
-    if isinstance(value, torch.Tensor) and value.ndim >= 3 and value.shape[-2:] == (length, length):
+def hide(value: Any, gone: torch.Tensor, visual: torch.Tensor) -> Any:
+    """In every mask [batch, heads, sequence, sequence] the text queries lose sight of visual keys that are gone."""
+    length = visual.shape[1]
+    if isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[-2:] == (length, length):
         unseen = False if value.dtype == torch.bool else torch.finfo(value.dtype).min
-        value = value.masked_fill(~visual[:, None] & visual, unseen)
+        value = value.masked_fill((~visual[:, :, None] & gone[:, None, :])[:, None], unseen)
     return value
 
 
 @contextmanager
-def exits_at(model: nn.Module, visual: torch.Tensor, layer: int, masks_only: bool = False) -> Iterator[None]:
-    """One sample leaves at this layer.
+def wrapped(
+    model: nn.Module, wrapper: Callable[[int, Callable[..., Any], tuple, dict[str, Any]], Any]
+) -> Iterator[None]:
+    """Every call of a decoder layer goes to ``wrapper(number of calls before, forward, args, kwargs)``."""
+    calls = itertools.count()
 
-    Args:
-        visual: bool [sequence].
-        layer: the number of decoder layers that see the visual tokens.
-        masks_only: nothing is cut, masks alone hide the visual tokens; for decoders of attention layers.
-    """
-    rows, length, called = (~visual).nonzero().flatten(), len(visual), 0
-
-    def wrap(forward):
-        def run(*args: Any, **kwargs: Any) -> Any:
-            nonlocal called
-            called += 1
-            if called <= layer:
-                return forward(*args, **kwargs)
-            if masks_only:
-                args = tuple(hide(value, visual) for value in args)
-                return forward(*args, **{name: hide(value, visual) for name, value in kwargs.items()})
-            return spread(forward(*cut(args, length, rows), **cut(kwargs, length, rows)), length, rows)
-
-        return run
+    def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: wrapper(next(calls), forward, args, kwargs)
 
     with ExitStack() as stack:
         for module in decoder_layers(model):
@@ -112,9 +105,30 @@ def exits_at(model: nn.Module, visual: torch.Tensor, layer: int, masks_only: boo
 
 
 @torch.no_grad()
-def logits_by_definition(
-    model: nn.Module, inputs: dict[str, Any], visual: torch.Tensor, layer: int, masks_only: bool = False
-) -> torch.Tensor:
-    """The logits of one sample's text tokens: [text tokens, vocabulary]."""
-    with exits_at(model, visual, layer, masks_only):
+def text_rows_alone(model: nn.Module, inputs: dict[str, Any], visual: torch.Tensor, layer: int) -> torch.Tensor:
+    """The logits [text tokens, vocabulary] of one sample that leaves after so many layers; visual: bool [sequence]."""
+    rows, length = (~visual).nonzero().flatten(), len(visual)
+
+    def run(called: int, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if called < layer:
+            return forward(*args, **kwargs)
+        return spread(forward(*cut(args, length, rows), **cut(kwargs, length, rows)), length, rows)
+
+    with wrapped(model, run):
         return model(**inputs, use_cache=False).logits[0, ~visual]
+
+
+@torch.no_grad()
+def masked(model: nn.Module, inputs: dict[str, Any], visual: torch.Tensor, exits: torch.Tensor) -> torch.Tensor:
+    """The same by masks alone, for batches and decoders of attention layers: logits [batch, sequence, vocabulary].
+
+    Nothing is cut: from its exit layer on, no text token of a sample sees a visual one.
+    """
+
+    def run(called: int, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        gone = visual & (exits <= called)[:, None]
+        args = tuple(hide(value, gone, visual) for value in args)
+        return forward(*args, **{name: hide(value, gone, visual) for name, value in kwargs.items()})
+
+    with wrapped(model, run):
+        return model(**inputs, use_cache=False).logits
