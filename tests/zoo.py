@@ -138,8 +138,8 @@ def shrink(config: PreTrainedConfig | type[PreTrainedConfig], part: str = "") ->
     small = {"model_type": kind.model_type} | {
         name: sizes[name.removeprefix("swa_")] for name in names if name.removeprefix("swa_") in sizes
     }
-    if getattr(default, "sliding_window", None) is None:
-        small.pop("sliding_window", None)
+    if "sliding_window" in small and default.sliding_window is None:
+        small["sliding_window"] = None
     small |= {n: i for n, i in token_ids(names).items() if n in names}
     if "kv_lora_rank" in names:
         small["num_key_value_heads"] = HEADS  # latent attention has a key for every query head
@@ -283,7 +283,7 @@ def inputs(model: transformers.PreTrainedModel, name: str, *prompts: list[Piece]
     ids = torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     given = {"input_ids": ids, "attention_mask": mask}
-    for types in ("mm_token_type_ids", "token_type_ids"):
+    for types in ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids"):
         if types in takes:
             given[types] = (ids == IMAGE).int() if "answer_type" not in fixes else torch.zeros_like(ids)
     if "mask_as" in fixes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 MROPE_HALF = {**MROPE, "mrope_section": [2, 1, 1]}
 WHOLE = {**MROPE, "partial_rotary_factor": 1.0}
+LINEAR = {"rope_parameters": WHOLE, "initializer_range": 0.07}  # states carry rounding on
 LETTERS = [*"ABCDEFGHIJ", *("B" + c for c in "ABCDEF")]  # how Chameleon writes 0 to 15
 ROWS_4_BY_4 = [[[x, y, *(((x + 2 * y) * (i + 3)) % 7 - 3.0 for i in range(32))] for y in range(4) for x in range(4)]]
 GRID_4_BY_4 = [[[x, y] for y in range(4) for x in range(4)]]
@@ -235,6 +236,7 @@ FIXES: dict[str, dict] = {
     },
     "minimax_m3_vl": {
         "definition": "masks",  # blocks of keys are found by position
+        "same length": "the model itself chooses among blocks of keys with padding in them",
         "config": {
             "text_config": {
                 "layer_types": ["full_attention", "minimax_m3_sparse"] * 2 + ["minimax_m3_sparse"],
@@ -300,21 +302,29 @@ FIXES: dict[str, dict] = {
         }
     },
     "qwen2_vl": {"config": {"text_config": {"rope_parameters": MROPE}, "vision_config": {"hidden_size": 64}}},
-    "qwen3_5": {"config": {"text_config": {"rope_parameters": WHOLE}}},
-    "qwen3_5_moe": {"config": {"text_config": {"rope_parameters": WHOLE}}},
+    "qwen3_5": {"config": {"text_config": LINEAR}},
+    "qwen3_5_moe": {"config": {"text_config": LINEAR}},
     "minicpm_ocr": {
-        "config": {"text_config": {"rope_parameters": WHOLE}, "vision_config": {"insert_layer_id": 0}},
-        "pixels": {"pixel_values": (1, 3, 4, 256), "target_sizes": [[8, 8]]},
+        "config": {"text_config": LINEAR, "vision_config": {"insert_layer_id": 0}},
+        "pixels": {"pixel_values": (1, 3, 4, 64), "target_sizes": [[4, 4]]},
         "along": {"pixel_values": 3},
     },
     "minicpmv4_6": {
-        "config": {"text_config": {"rope_parameters": WHOLE}, "vision_config": {"insert_layer_id": 0}},
-        "pixels": {"pixel_values": (1, 3, 4, 256), "target_sizes": [[8, 8]]},
+        "config": {
+            "downsample_mode": "4x",  # the other way lets images of one batch see each other
+            "text_config": LINEAR,
+            "vision_config": {"insert_layer_id": 0},
+        },
+        "pixels": {"pixel_values": (1, 3, 4, 64), "target_sizes": [[4, 4]]},
         "along": {"pixel_values": 3},
     },
     "minicpmv4_7": {
-        "config": {"text_config": {"rope_parameters": WHOLE}, "vision_config": {"insert_layer_id": 0}},
-        "pixels": {"pixel_values": (1, 3, 4, 256), "target_sizes": [[8, 8]]},
+        "config": {
+            "downsample_mode": "4x",  # the other way lets images of one batch see each other
+            "text_config": {"rope_parameters": WHOLE},
+            "vision_config": {"insert_layer_id": 0},
+        },
+        "pixels": {"pixel_values": (1, 3, 4, 64), "target_sizes": [[4, 4]]},
         "along": {"pixel_values": 3},
     },
     "qwen3_omni_moe_thinker": {
@@ -339,6 +349,12 @@ FIXES: dict[str, dict] = {
                 "indexer_head_dim": 16,
                 "indexer_budget": 8,
                 "indexer_compress_ratio": 2,
+                "ple_layer_ids": [1, 4],
+                "ple_embed_dim": 64,
+                "ngram_vocab_size_base": 50,
+                "heads_per_ngram": 2,
+                "make_ngram_vocab_size_divisible_by": 8,
+                "split_ngram_parts": 1,
                 "rope_parameters": MROPE,
             }
         }

@@ -108,6 +108,8 @@ def wrapped(
 def text_rows_alone(model: nn.Module, inputs: dict[str, Any], visual: torch.Tensor, layer: int) -> torch.Tensor:
     """The logits [text tokens, vocabulary] of one sample that leaves after so many layers; visual: bool [sequence]."""
     rows, length = (~visual).nonzero().flatten(), len(visual)
+    if layer >= len(decoder_layers(model)):
+        return model(**inputs, use_cache=False).logits[0, ~visual]
 
     def run(called: int, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         if called < layer:
