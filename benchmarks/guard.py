@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from shapes import record
 
-from dyvte.heads.model import ExitHeads
+from dyvte.heads import ExitHeads
 from dyvte.training.calibrate import calibrate, disagreement, exits_at
 from dyvte.training.fit import FitSettings, fit_heads, logits_of, probability_of
 from dyvte.training.store import TraceSet, load_traces

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from shapes import record
 
-from dyvte.heads.model import ExitHeads, ExitHeadsConfig
+from dyvte.heads import ExitHeads, ExitHeadsConfig
 from dyvte.training.calibrate import calibrate, compare
 from dyvte.training.fit import FitSettings, fit_heads, quality
 from dyvte.training.store import load_traces

@@ -27,7 +27,7 @@ BLUE, RED, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#888888"
 
 def collect() -> None:
     """Traces and evaluation -> one JSON file that holds everything shown."""
-    from dyvte.heads.model import ExitHeads
+    from dyvte.heads import ExitHeads
     from dyvte.training.calibrate import compare, oracle_exits, risk_curve
     from dyvte.training.fit import probability_of, quality
     from dyvte.training.store import load_traces

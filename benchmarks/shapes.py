@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import dyvte
+from dyvte.provenance import versions, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -141,8 +140,8 @@ def record(name: str, result: dict[str, Any]) -> None:
     result |= {
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
-        "versions": {"dyvte": dyvte.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions(),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(RESULTS / f"{name}.json", result)
     print(json.dumps(result, indent=2))

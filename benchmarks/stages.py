@@ -14,7 +14,7 @@ from shapes import alternate, record, seconds, timed
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dyvte
-from dyvte.data.sources import encode, load_samples
+from dyvte.data import encode, load_samples
 
 ROOT = Path(__file__).parents[1]
 BATCH, REPEATS, TOKENS = 32, 75, 4

@@ -1,23 +1,30 @@
 """dyvte: multimodal LLMs that answer faster by letting visual tokens leave when they are no longer needed."""
 
-from dyvte.heads.model import ExitHeads, ExitHeadsConfig
-from dyvte.methods.exits import ExitPolicy, FixedExit, LearnedExit, NeverExit, RandomExit
-from dyvte.runtime.withdrawal import VisualExit, attach, visual_exit
+from dyvte.heads import ExitHeads, ExitHeadsConfig
+from dyvte.methods import ExitPolicy, FastV, FixedExit, LearnedExit, NeverExit, RandomExit, RandomPruning
+from dyvte.runtime import Handle, LayerView, Reduction, SplicedVisualMask, TopK, attach, reduce_tokens, visual_exit
 from dyvte.training.trace import Trace, trace_batch
 from dyvte.version import __version__
 
 __all__ = [
     "ExitHeads",
     "ExitHeadsConfig",
-    "Trace",
-    "trace_batch",
     "ExitPolicy",
+    "FastV",
     "FixedExit",
+    "Handle",
+    "LayerView",
     "LearnedExit",
     "NeverExit",
     "RandomExit",
-    "VisualExit",
+    "RandomPruning",
+    "Reduction",
+    "SplicedVisualMask",
+    "TopK",
+    "Trace",
     "__version__",
     "attach",
+    "reduce_tokens",
+    "trace_batch",
     "visual_exit",
 ]

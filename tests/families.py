@@ -551,10 +551,6 @@ def llama_with_shared_keys() -> tf.PreTrainedConfig:
 
 # name: (config, class, what the refusal says)
 REFUSED = {
-    "qwen3_5": (qwen3_5, "Qwen3_5ForConditionalGeneration", "'linear_attention' layer.*its state mixes all tokens"),
-    "gemma3n": (gemma3n, "Gemma3nForCausalLM", "takes an input of its own for every token"),
-    "gemma4": (gemma4, "Gemma4ForConditionalGeneration", "takes an input of its own for every token"),
     "mllama": (mllama, "MllamaForConditionalGeneration", "cross attention, so there are no visual tokens"),
-    "llama4": (llama4, "Llama4ForConditionalGeneration", "'chunked_attention' layer"),
     "shared keys": (llama_with_shared_keys, "LlamaForCausalLM", "no keys and values of its own"),
 }

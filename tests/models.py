@@ -13,7 +13,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from dyvte.runtime.tokens import find_decoder
+from dyvte.runtime.decoder import find_decoder
 
 IMAGE_ID = 90
 PATCHES = 16

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import dyvte
-from dyvte.runtime.tokens import SplicedVisualMask
+from dyvte import SplicedVisualMask
 
 FAMILY = FAMILIES["llava"]
 MASK = torch.ones(1, 24, dtype=torch.bool)

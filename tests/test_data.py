@@ -14,7 +14,7 @@ from datasets import Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from dyvte.data import sources as data
+from dyvte import data
 from dyvte.evaluation.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from dyvte import ExitPolicy, FixedExit, RandomExit, visual_exit
-from dyvte.data.sources import Sample, encode, load_samples
+from dyvte.data import Sample, encode, load_samples
 from dyvte.evaluation.costs import prefill_flops
-from dyvte.evaluation.runner import PerSampleExit, evaluate
+from dyvte.evaluation.policies import PerSampleExit
+from dyvte.evaluation.runner import evaluate
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 LAYERS, TOKENS = 4, 4
@@ -131,7 +132,7 @@ def test_times_and_the_measured_cache(mllm, samples, tmp_path):
 def test_an_interrupted_run_goes_on_and_repeats_nothing(mllm, samples, tmp_path, monkeypatch):
     model, processor = mllm
     options = {"batch_size": 2, "max_new_tokens": TOKENS, "timing_batches": 0, "progress": False}
-    monkeypatch.setattr("dyvte.evaluation.runner._Run.check", lambda *arguments: None)
+    monkeypatch.setattr("dyvte.evaluation.subject.Subject.check", lambda *arguments: None)
     whole = evaluate(model, processor, samples, {"two": Counting()}, tmp_path / "whole", **options)
     evaluate(model, processor, samples, {"two": Counting()}, tmp_path / "cut", **options)
     for name, keep in (("dense", 6), ("two", 5)):

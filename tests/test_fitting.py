@@ -8,7 +8,8 @@ import pytest
 import torch
 from models import LAYERS, tiny_llava
 
-from dyvte.heads.model import ExitHeads, boldest_safe
+from dyvte.heads import ExitHeads
+from dyvte.heads.risk import boldest_safe
 from dyvte.methods.exits import LearnedExit
 from dyvte.training.calibrate import (
     calibrate,

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
 
 import dyvte
 from dyvte import ExitHeads, ExitHeadsConfig
@@ -33,11 +34,13 @@ def original_gates(layers=LAYERS, size=SIZE, width=12):
 
 
 @pytest.mark.parametrize("form", ["shared", "original"])
-def test_saved_and_loaded(form, tmp_path):
+def test_saved_and_loaded(form, tmp_path, caplog):
     heads = some_heads(form, base_model="some/model", base_revision="abc", threshold=0.8, calibration={"alpha": 0.01})
     heads.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    loaded = ExitHeads.from_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "dyvte"):
+        loaded = ExitHeads.from_pretrained(tmp_path)
+    assert not caplog.records
     state = torch.randn(3, LAYERS, 2 * SIZE)
     assert torch.equal(loaded(state), heads(state))
     fields = ("num_layers", "hidden_size", "base_model", "base_revision", "threshold", "calibration", "text_state")
@@ -45,6 +48,18 @@ def test_saved_and_loaded(form, tmp_path):
     assert loaded.config.dyvte_version == dyvte.__version__
     card = (tmp_path / "README.md").read_text()
     assert "some/model (revision abc)" in card and "| alpha | 0.01 |" in card
+
+
+def test_the_auto_classes_of_transformers_know_heads(tmp_path):
+    heads, state = some_heads(guard=0.9, threshold=0.8), torch.randn(3, LAYERS, 2 * SIZE)
+    heads.save_pretrained(tmp_path)
+    config, loaded = AutoConfig.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)
+    assert type(config) is ExitHeadsConfig and type(loaded) is ExitHeads
+    assert config.threshold == loaded.config.threshold == 0.8
+    assert torch.equal(loaded(state), heads(state))
+    rewrite(tmp_path, lambda weights: weights.pop("heads.out.weight"))
+    with pytest.raises(ValueError, match="missing weights: heads.out.weight"):
+        AutoModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("form", ["shared", "original"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from models import LAYERS, batch_of, prompt, tiny_llama, tiny_llava
@@ -138,7 +140,7 @@ def test_looking_ahead_reaches_back_before_the_first_exit_a_model_allows():
 
     model, inputs = tiny_llava(), batch_of(*PROMPTS)
     handle = dyvte.attach(model, Eager())
-    handle.min_layer = 3
+    handle.spec = dataclasses.replace(handle.spec, first=3)
     try:
         with torch.no_grad():
             model(**inputs)

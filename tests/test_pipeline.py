@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import dyvte
 from dyvte.cli.main import COMMANDS, main, read_config
-from dyvte.data.sources import load_samples
+from dyvte.data import load_samples
 from dyvte.training.store import load_traces, write_traces
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +76,7 @@ def held_out(mllm, tmp_path_factory):
 def test_a_trace_is_what_generation_does(mllm, traces):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from dyvte.data.sources import encode
+    from dyvte.data import encode
 
     loaded = load_traces(traces)
     assert loaded.state.shape == (300, LAYERS, 32) and loaded.state.dtype == torch.float16

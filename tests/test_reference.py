@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 import dyvte
-from dyvte.data.sources import encode, load_samples
+from dyvte.data import encode, load_samples
 
 ROOT = Path(__file__).parents[1]
 MLLM, HEADS = ROOT / "checkpoints/reference-mllm", ROOT / "checkpoints/reference-heads"
@@ -102,7 +102,14 @@ def test_files_named_in_the_readme_exist():
 def test_importing_dyvte_needs_torch_transformers_and_safetensors_only():
     script = "import sys, dyvte; print(*(m for m in sys.modules if m.startswith('dyvte.')))"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert {name.split(".")[1] for name in out.split()} == {"heads", "methods", "runtime", "training", "version"}
+    assert {name.split(".")[1] for name in out.split()} == {
+        "heads",
+        "methods",
+        "provenance",
+        "runtime",
+        "training",
+        "version",
+    }
     assert {name for name in out.split() if ".training" in name} == {"dyvte.training", "dyvte.training.trace"}
     for name in out.split():
         path = ROOT / name.replace(".", "/")

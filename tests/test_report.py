@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 
 from dyvte.evaluation.metrics import build_metric
-from dyvte.evaluation.runner import summarise
-from dyvte.report.page import _families as families
-from dyvte.report.page import _front as front
-from dyvte.report.page import _read as read_run
-from dyvte.report.page import example_cards, plot_exit_layers, plot_reliability, plot_risk, report
+from dyvte.evaluation.summary import summarise
+from dyvte.report.examples import example_cards
+from dyvte.report.figures import plot_exit_layers, plot_reliability, plot_risk
+from dyvte.report.page import report
+from dyvte.report.runs import read_run
+from dyvte.report.tradeoff import pareto_front as front
+from dyvte.report.tradeoff import policy_families as families
 
 LAYERS = 4
 KINDS = ("none at all", "one_spot")

@@ -16,7 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import dyvte
-from dyvte.runtime.tokens import SplicedVisualMask, find_decoder
+from dyvte import SplicedVisualMask
+from dyvte.runtime.decoder import find_decoder
 
 SENTINEL, IGNORE, TOKENS, CONTEXT, STEPS = -200, -100, 7, 90, 5
 

@@ -23,8 +23,8 @@ from models import (
 from transformers import DynamicCache, LogitsProcessor, StaticCache
 
 import dyvte
-from dyvte.runtime.layout import WithdrawnLayer
-from dyvte.runtime.tokens import Columns
+from dyvte.runtime.cache import KeptLayer
+from dyvte.runtime.tokens import KeptTokens
 
 RAGGED = [prompt(3, 5, seed=1), prompt(1, 9, seed=2), prompt(6, 1, seed=3), prompt(2, 4, images=2, seed=4)]
 STEPS = 6
@@ -173,10 +173,10 @@ def test_beams_with_exits_of_their_own_keep_their_columns():
         cache = model(**twice, pixel_values=pixels).past_key_values
         cache.reorder_cache(order)
     for layer in cache.layers:
-        if hasattr(layer, "columns"):
+        if hasattr(layer, "tokens"):
             filled = layer.keys.abs().sum((1, 3)) > 0
-            assert not (layer.columns.valid & ~filled).any(), "a place counts as a token and holds none"
-            assert torch.equal(layer.columns.valid.sum(1), (filled & layer.columns.valid).sum(1))
+            assert not (layer.tokens.valid & ~filled).any(), "a place counts as a token and holds none"
+            assert torch.equal(layer.tokens.valid.sum(1), (filled & layer.tokens.valid).sum(1))
 
 
 def test_interleaved_generations_keep_their_own_state():
@@ -398,8 +398,8 @@ def test_nothing_of_a_failed_call_outlives_it():
 def test_layers_that_share_columns_go_on_sharing_them():
     """Beams reorder the cache at every step; a set of columns must not become one for each layer."""
     keep = torch.tensor([[True, False, True], [False, True, True]])
-    columns = Columns.of(keep)
-    layers = [WithdrawnLayer(columns, 3) for _ in range(2)]
+    columns = KeptTokens.from_mask(keep)
+    layers = [KeptLayer(columns, 3) for _ in range(2)]
     order = torch.tensor([1, 1])
     for layer in layers:
         layer.keys, layer.values = torch.randn(2, 1, 2, 4), torch.randn(2, 1, 2, 4)
@@ -407,6 +407,6 @@ def test_layers_that_share_columns_go_on_sharing_them():
     for _ in range(2):
         for layer in layers:
             layer.reorder_cache(order)
-        assert layers[0].columns is layers[1].columns is not columns
-        assert layers[0].columns.index.tolist() == [[1, 2], [1, 2]]
-        columns, order = layers[0].columns, order.clone()
+        assert layers[0].tokens is layers[1].tokens is not columns
+        assert layers[0].tokens.index.tolist() == [[1, 2], [1, 2]]
+        columns, order = layers[0].tokens, order.clone()

@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from dyvte.data import scenes
+from dyvte.provenance import atomic_path
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 PAD, BOS, EOS = 0, 1, 2
@@ -178,8 +179,8 @@ def run_stage(name: str, module: nn.Module, stage: dict, work: Path, loss_of_ste
                 file.write(json.dumps(row) + "\n")
         if rank == 0 and (done % stage["save_every"] == 0 or done == stage["steps"]):
             state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
-            torch.save(state | {"seconds": time.monotonic() - began}, saved.with_suffix(".new"))
-            os.replace(saved.with_suffix(".new"), saved)
+            with atomic_path(saved) as fresh:
+                torch.save(state | {"seconds": time.monotonic() - began}, fresh)
 
 
 class DensePatches(nn.Module):
@@ -342,7 +343,7 @@ def plot_curves(work: Path, output: Path) -> None:
 
 def report(processor: LlavaProcessor, output: Path, settings: dict) -> None:
     """Greedy answers of the saved checkpoint to held-out questions, right or wrong per kind."""
-    from dyvte.data.sources import batches, encode, load_samples
+    from dyvte.data import batches, encode, load_samples
 
     model = AutoModelForImageTextToText.from_pretrained(output, dtype=torch.float32).eval()
     samples = load_samples({"scenes": {"split": "test", "n": settings["questions"], "seed": settings["seed"]}})

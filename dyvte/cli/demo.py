@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import textwrap
 import time
@@ -14,12 +13,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from dyvte.data import scenes
-from dyvte.data.sources import GREEDY, Sample, encode, load_samples
+from dyvte.data import GREEDY, Sample, encode, load_samples, scenes
 from dyvte.evaluation.costs import prefill_flops
-from dyvte.heads.model import ExitHeads
+from dyvte.heads import ExitHeads
 from dyvte.methods.exits import LearnedExit
-from dyvte.runtime.withdrawal import visual_exit
+from dyvte.provenance import write_json
+from dyvte.runtime import visual_exit
 from dyvte.training.store import prompt_lengths
 
 SEED = 100  # of the first kind's scenes
@@ -77,7 +76,7 @@ def run(model: str, heads: str, per_kind: int, repeats: int, output: str) -> lis
     rows.append(Row("all", total, **means))
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "demo.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    write_json(folder / "demo.json", [asdict(row) for row in rows])
     _draw(shown, exits_by_kind, len(mllm.model.language_model.layers), folder / "demo.png")
     cells = [list(TITLES), *[row.cells() for row in rows]]
     widths = [max(len(line[i]) for line in cells) for i in range(len(TITLES))]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 
+from dyvte.provenance import atomic_write
 from dyvte.version import __version__
 
 
@@ -218,7 +219,7 @@ def as_list(value: Any) -> list[Any]:
 
 def data_config(config: dict[str, Any]) -> dict[str, Any]:
     """The data of a command, from a file if it names one; the command's own scoring keys win over the data's."""
-    from dyvte.data.sources import read_config as read_data
+    from dyvte.data import read_config as read_data
 
     data = read_data(config["data"])
     for key, default in (("max_new_tokens", 16), ("metric", "exact_match")):
@@ -228,7 +229,7 @@ def data_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def trace(config: dict[str, Any]) -> None:
-    from dyvte.data.sources import fingerprint, load_samples
+    from dyvte.data import fingerprint, load_samples
     from dyvte.training.store import write_traces
 
     data = data_config(config)
@@ -287,7 +288,7 @@ def calibrate(config: dict[str, Any]) -> None:
         raise ValueError(f"policy must be learned or vtw, not {config['policy']!r}")
     if config["heads"] is None:
         raise ValueError("`dyvte calibrate` needs heads=FOLDER, or policy=vtw")
-    from dyvte.heads.model import ExitHeads
+    from dyvte.heads import ExitHeads
     from dyvte.training.calibrate import calibrate as set_threshold
     from dyvte.training.store import load_traces
 
@@ -300,9 +301,9 @@ def calibrate(config: dict[str, Any]) -> None:
 
 def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any]:
     """Policies by name from a config; the part of a name before the first dash says what it is."""
-    from dyvte.heads.model import ExitHeads
+    from dyvte.heads import ExitHeads
+    from dyvte.methods import FastV, RandomPruning
     from dyvte.methods.exits import FixedExit, LearnedExit, NeverExit, RandomExit
-    from dyvte.methods.pruning import FastV, RandomPruning
     from dyvte.training.vtw import vtw_exit
 
     makers = {"fixed": FixedExit, "random": RandomExit, "never": NeverExit, "learned": LearnedExit, "oracle": oracle}
@@ -318,18 +319,20 @@ def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any
             if folder is None:
                 raise ValueError(f"policy {name!r} needs exit heads: set heads=FOLDER")
             settings["heads"] = ExitHeads.from_pretrained(folder)
-        if maker in (FastV, RandomPruning) and settings.get("exit") is not None:
-            (settings["exit"],) = make_policies(settings["exit"], heads).values()
+        later = settings.pop("exit", None) if maker in (FastV, RandomPruning) else None
         try:
             policies[name] = maker(**settings)
         except TypeError as error:
             raise ValueError(f"wrong settings for policy {name!r}: {error}") from None
+        if later is not None:
+            (leaving,) = make_policies(later, heads).values()
+            policies[name] = policies[name] & leaving
     return policies
 
 
 def oracle(traces: str | list[str]) -> Any:
     """The earliest exit that keeps each sample's answer, looked up in traces of the same samples."""
-    from dyvte.evaluation.runner import PerSampleExit
+    from dyvte.evaluation.policies import PerSampleExit
     from dyvte.training.calibrate import oracle_exits
     from dyvte.training.store import load_traces
 
@@ -339,7 +342,7 @@ def oracle(traces: str | list[str]) -> Any:
 
 
 def evaluate(config: dict[str, Any]) -> None:
-    from dyvte.data.sources import load_samples
+    from dyvte.data import load_samples
     from dyvte.evaluation.runner import evaluate as run
 
     data = data_config(config)
@@ -365,17 +368,17 @@ def evaluate(config: dict[str, Any]) -> None:
 
 def _write_promise(heads: str, folder: Path) -> None:
     """Puts what the heads' calibration left beside the results, for the report."""
-    from dyvte.heads.model import ExitHeads
+    from dyvte.heads import ExitHeads
 
     found = ExitHeads.from_pretrained(heads).config
     if found.calibration and "curve" in found.calibration:
         curve = found.calibration["curve"] | {key: found.calibration[key] for key in ("alpha", "delta")}
-        (folder / "curve.json").write_text(json.dumps(curve | {"chosen": found.threshold}))
-        (folder / "reliability.json").write_text(json.dumps(found.calibration["reliability"]))
+        atomic_write(folder / "curve.json", json.dumps(curve | {"chosen": found.threshold}))
+        atomic_write(folder / "reliability.json", json.dumps(found.calibration["reliability"]))
 
 
 def inspect(config: dict[str, Any]) -> None:
-    from dyvte.data.sources import load_samples
+    from dyvte.data import load_samples
     from dyvte.evaluation.inspection import inspect_model
 
     data = data_config(config)
@@ -401,7 +404,7 @@ def report(config: dict[str, Any]) -> None:
 
 
 def convert(config: dict[str, Any]) -> None:
-    from dyvte.heads.model import ExitHeads
+    from dyvte.heads import ExitHeads
 
     path = Path(config["weights"])
     if not path.is_file():

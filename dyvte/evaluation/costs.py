@@ -6,7 +6,9 @@ causal halving); norms, rotations and activations are left out.
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from collections.abc import Sequence
+
+from dyvte.runtime.compat import PreTrainedConfig
 
 
 def layer_flops(config: PreTrainedConfig, tokens: int) -> int:
@@ -20,8 +22,32 @@ def layer_flops(config: PreTrainedConfig, tokens: int) -> int:
     return 2 * tokens * (projections + attention + 3 * size * inner)
 
 
+def pass_flops(config: PreTrainedConfig, text: int, counts: Sequence[int]) -> int:
+    """The prompt's pass of one sample through all decoder layers and, for the last token, the output head.
+
+    Args:
+        config: of the decoder (``model.config.get_text_config()``).
+        text: text tokens of the prompt.
+        counts: the visual tokens that each layer works on, see :class:`dyvte.runtime.PromptRecord`.
+    """
+    return sum(layer_flops(config, text + count) for count in counts) + 2 * config.hidden_size * config.vocab_size
+
+
+def attention_flops(config: PreTrainedConfig, tokens: int) -> int:
+    """What it takes to read one row of a layer's attention: the keys a second time, one query, one row of scores.
+
+    Args:
+        config: of the decoder.
+        tokens: that the layer works on.
+    """
+    size, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * head_dim * (tokens * size * kv_heads + heads * (size + tokens))
+
+
 def prefill_flops(config: PreTrainedConfig, text: int, visual: int, exit_layer: int) -> int:
-    """The prompt's pass through all decoder layers and, for the last token, the output head.
+    """:func:`pass_flops` with an exit.
 
     Args:
         config: of the decoder (``model.config.get_text_config()``).
@@ -35,5 +61,4 @@ def prefill_flops(config: PreTrainedConfig, text: int, visual: int, exit_layer: 
     layers = config.num_hidden_layers
     if not 1 <= exit_layer <= layers:
         raise ValueError(f"exit layer {exit_layer} is outside 1 ... {layers}")
-    decoder = exit_layer * layer_flops(config, text + visual) + (layers - exit_layer) * layer_flops(config, text)
-    return decoder + 2 * config.hidden_size * config.vocab_size
+    return pass_flops(config, text, [visual] * exit_layer + [0] * (layers - exit_layer))

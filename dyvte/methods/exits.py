@@ -1,4 +1,4 @@
-"""Who decides from which layer on a sample runs without its visual tokens.
+"""Exits: the visual tokens of a sample stay up to some layer, and from there on all of them are gone.
 
 A policy overrides one of two methods: ``plan``, if it knows the exit layers before the model runs, or ``leaves``, if
 it looks at the text state after every layer. Both count exit layers as the whole package does: ``e`` is the number of
@@ -7,37 +7,48 @@ layers that see the visual tokens, 1 ... L, and ``e = L`` means that they never 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from dyvte.methods.draws import row_keys, uniform
+from dyvte.runtime.decoder import DecoderSpec
+from dyvte.runtime.reduction import LayerView, Reduction
 from dyvte.runtime.tokens import full_precision
 
 if TYPE_CHECKING:
-    from dyvte.heads.model import ExitHeads
+    from dyvte.heads import ExitHeads
 
 
-class ExitPolicy:
+class ExitPolicy(Reduction):
     """Base class: a policy that never exits.
 
     Attributes:
         earliest: the smallest exit layer it insists on, if it does; a model that cannot leave so early is then
             refused. Other policies start at the smallest exit layer that the model allows.
+        layers: the exit layers that it wants to be asked about; None: all.
         lookahead: how many layers before an exit layer it is asked about it. On a GPU the host waits for every answer;
             with 1 or more it waits while a layer runs, and the device need not.
     """
 
     earliest: int | None = None
-    lookahead: int = 0
 
-    def check(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
-        """Raises ``ValueError`` if the policy does not fit a decoder of this depth and width."""
-
-    def check_rows(self, rows: int) -> None:
-        """Raises ``ValueError`` if the policy does not fit a batch of this many rows, before the model runs."""
+    def check(self, spec: DecoderSpec) -> None:
+        """Raises ``ValueError`` if the policy does not fit a model."""
+        if not isinstance(self.lookahead, int) or self.lookahead < 0:
+            raise ValueError(
+                f"{type(self).__name__}.lookahead must be 0 or more layers, not {self.lookahead!r}: it counts the "
+                "layers between a decision and its exit"
+            )
+        if self.earliest is not None and self.earliest < spec.min_layer:
+            raise ValueError(
+                f"exit layer {self.earliest} is too early for {type(spec.model).__name__}: it adds visual features "
+                f"to the visual tokens after its first layers. Choose {spec.min_layer} ... {spec.num_layers}"
+            )
 
     def plan(self, batch_size: int, num_layers: int) -> torch.Tensor | None:
-        """The exit layer of each sample, long [batch_size], or None to be asked after every layer."""
+        """The exit layer of each row, long [batch_size], or None to be asked after every layer."""
         asks = type(self).leaves is not ExitPolicy.leaves
         return None if asks else torch.full((batch_size,), num_layers)
 
@@ -64,6 +75,58 @@ class ExitPolicy:
         """
         raise NotImplementedError(f"{type(self).__name__} defines neither plan() nor leaves()")
 
+    def plan_for(self, view: LayerView, num_layers: int) -> torch.Tensor | None:
+        """:meth:`plan` for a prompt that can be looked at."""
+        return self.plan(len(view.samples), num_layers)
+
+    def start(self, view: LayerView) -> Reduction:
+        rows, spec = len(view.samples), view.spec
+        planned = self.plan_for(view, spec.num_layers)
+        if planned is None:
+            admitted = self.admits(view.prompt.visual_state(view.hidden))
+            if admitted is not None:
+                admitted = _verdict(self, "admits", admitted, rows).cpu()
+            return _Asked(self, admitted)
+        whole = isinstance(planned, torch.Tensor) and not planned.is_floating_point() and planned.shape == (rows,)
+        if not whole or planned.min() < 1 or planned.max() > spec.num_layers:
+            raise ValueError(
+                f"{type(self).__name__}.plan() must return None or exit layers 1 ... {spec.num_layers}, long [{rows}], "
+                f"not {planned}"
+            )
+        return _Planned(planned.cpu().clamp(min=spec.min_layer), spec.num_layers)
+
+
+class _Planned(Reduction):
+    """Exit layers known before the first layer, one per row."""
+
+    def __init__(self, exits: torch.Tensor, num_layers: int):
+        self.exits = exits
+        self.layers: Collection[int] = set(exits.tolist()) - {num_layers}
+
+    def select(self, view: LayerView) -> torch.Tensor:
+        return (self.exits[view.samples] > view.layer)[:, None].expand(view.visual.shape)
+
+
+class _Asked(Reduction):
+    """A policy that is asked after every layer."""
+
+    reads_text = True
+
+    def __init__(self, policy: ExitPolicy, admitted: torch.Tensor | None):
+        self.policy, self.admitted = policy, admitted
+        self.layers, self.lookahead = policy.layers, policy.lookahead
+
+    def select(self, view: LayerView) -> torch.Tensor:
+        state = view.text_state()
+        leaves = _verdict(self.policy, "leaves", self.policy.leaves(view.layer, state), len(state))
+        return ~leaves[:, None].expand(view.visual.shape)
+
+
+def _verdict(policy: ExitPolicy, method: str, verdict: torch.Tensor, rows: int) -> torch.Tensor:
+    if not isinstance(verdict, torch.Tensor) or verdict.dtype != torch.bool or verdict.shape != (rows,):
+        raise ValueError(f"{type(policy).__name__}.{method}() must return bool [{rows}], one per state given")
+    return verdict
+
 
 class NeverExit(ExitPolicy):
     """The dense model: visual tokens stay to the end."""
@@ -85,13 +148,14 @@ class FixedExit(ExitPolicy):
         layers = torch.as_tensor(self.layer).flatten().tolist()
         self.earliest = min(layers) if layers else None
 
-    def check(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
+    def check(self, spec: DecoderSpec) -> None:
         layers = torch.as_tensor(self.layer).flatten()
-        if len(layers) == 0 or layers.min() < 1 or layers.max() > num_layers:
+        if len(layers) == 0 or layers.min() < 1 or layers.max() > spec.num_layers:
             raise ValueError(
-                f"exit layer {self.layer} is outside 1 ... {num_layers}: choose how many of the {num_layers} decoder "
-                f"layers see the visual tokens ({num_layers} = never exit)"
+                f"exit layer {self.layer} is outside 1 ... {spec.num_layers}: choose how many of the "
+                f"{spec.num_layers} decoder layers see the visual tokens ({spec.num_layers} = never exit)"
             )
+        super().check(spec)
 
     def check_rows(self, rows: int) -> None:
         if not isinstance(self.layer, int) and len(self.layer) != rows:
@@ -110,7 +174,13 @@ class FixedExit(ExitPolicy):
 class RandomExit(ExitPolicy):
     """Leaves after every layer with probability ``p``: the baseline any learned policy must beat.
 
-    Draws come from a generator of its own, so a seed gives the same exits whatever else is drawn.
+    Draws belong to the prompt (its text, and where its visual tokens stand), or to the sample where one is named
+    (:meth:`keyed`): it leaves at the same layer in every batch, after any number of other draws, and at every step of a
+    generation without a cache.
+
+    Args:
+        p: probability, 0 ... 1.
+        seed: other seeds, other draws.
     """
 
     def __init__(self, p: float, seed: int = 0):
@@ -123,11 +193,17 @@ class RandomExit(ExitPolicy):
             raise TypeError(f"p must be a number in 0 ... 1 and seed an int, not {p!r} and {seed!r}")
         if not 0 <= p <= 1:
             raise ValueError(f"p must lie in 0 ... 1, not {p}: it is the probability of leaving after a layer")
-        self.p = p
-        self.generator = torch.Generator().manual_seed(seed)
+        self.p, self.seed = p, seed
+        self.names: Sequence[str] | None = None
 
-    def plan(self, batch_size: int, num_layers: int) -> torch.Tensor:
-        draws = torch.rand(batch_size, max(num_layers - 1, 1), generator=self.generator) < self.p
+    def keyed(self, keys: Sequence[str]) -> RandomExit:
+        policy = RandomExit(self.p, self.seed)
+        policy.names = keys
+        return policy
+
+    def plan_for(self, view: LayerView, num_layers: int) -> torch.Tensor:
+        keys = row_keys(view, self.seed, self.names)
+        draws = torch.stack([uniform(key, max(num_layers - 1, 1)) for key in keys]) < self.p
         first = draws.int().argmax(1) + 1
         return torch.where(draws.any(1), first, num_layers)
 
@@ -165,17 +241,20 @@ class LearnedExit(ExitPolicy):
     def lookahead(self) -> int:
         return self.heads.config.lookahead
 
-    def check(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
-        self.heads.check_fits(num_layers, hidden_size, name_or_path)
+    @property
+    def layers(self) -> range:
+        return range(self.min_layer, self.heads.config.num_layers)
+
+    def check(self, spec: DecoderSpec) -> None:
+        name = getattr(getattr(spec.model, "config", None), "_name_or_path", None)
+        self.heads.check_fits(spec.num_layers, spec.config.hidden_size, name)
         if self.heads.dtype != torch.float32:
             raise ValueError(
                 f"exit heads decide in float32, not {self.heads.dtype}: load them without dtype, or call heads.float()"
             )
-        if self.min_layer > num_layers:
-            raise ValueError(f"min_layer {self.min_layer} is beyond the model's {num_layers} layers: choose less")
-
-    def plan(self, batch_size: int, num_layers: int) -> None:
-        return None
+        if self.min_layer > spec.num_layers:
+            raise ValueError(f"min_layer {self.min_layer} is beyond the model's {spec.num_layers} layers: choose less")
+        super().check(spec)
 
     @torch.no_grad()
     def admits(self, visual: torch.Tensor) -> torch.Tensor | None:
@@ -185,8 +264,6 @@ class LearnedExit(ExitPolicy):
 
     @torch.no_grad()
     def leaves(self, layer: int, state: torch.Tensor) -> torch.Tensor:
-        if layer < self.min_layer:
-            return torch.zeros(len(state), dtype=torch.bool)  # known to the host, whatever device works
         with full_precision(state.device):
             return self._heads_on(state.device).confident(state, layer, self.threshold)
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dyvte.runtime.tokens import Columns
+from dyvte.runtime.compat import call_cache
+from dyvte.runtime.tokens import KeptTokens
 
 # Relative error allowed between the module's output and the recomputed one.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -32,12 +33,18 @@ class AttentionRows:
         bias: float32 [batch, 1 or heads, queries, keys], 0 where a query sees a key, very negative elsewhere.
     """
 
-    def __init__(self, attention: nn.Module, arguments: Mapping[str, Any], queries: Columns):
-        """From the arguments of the module's own call; see :func:`call_arguments`."""
+    def __init__(
+        self, attention: nn.Module, arguments: Mapping[str, Any], queries: KeptTokens, before: torch.Tensor | None
+    ):
+        """From the arguments of the module's own call; see :func:`call_arguments`.
+
+        Args:
+            before: keys of earlier turns.
+        """
         self.attention, self.arguments = attention, arguments
         hidden = arguments["hidden_states"]
         rotation = arguments.get("position_embeddings")
-        few = queries.take(hidden)
+        few = queries.gather(hidden)
         query = _project(attention, "q", few)
         key = _project(attention, "k", hidden)
         if getattr(attention, "use_rope", True):
@@ -45,14 +52,13 @@ class AttentionRows:
                 raise ValueError(f"{type(attention).__name__} got no position_embeddings: {_REMEDY}")
             rotate = _rotary(attention)
             cos, sin = rotation
-            query = rotate(query, query, queries.take(cos), queries.take(sin))[0]
+            query = rotate(query, query, queries.gather(cos), queries.gather(sin))[0]
             key = rotate(key, key, cos, sin)[1]
-        before = _cached(attention, arguments.get("past_key_values"))
         self.query, self.key = query, key if before is None else torch.cat([before.to(key), key], 2)
         self.before = 0 if before is None else before.shape[2]
         self.bias = self._bias(arguments.get("attention_mask"), queries)
 
-    def _bias(self, mask: Any, queries: Columns) -> torch.Tensor:
+    def _bias(self, mask: Any, queries: KeptTokens) -> torch.Tensor:
         batch, _, _, _ = self.query.shape
         keys, device = self.key.shape[2], self.key.device
         index = queries.index.to(device)
@@ -97,7 +103,7 @@ class AttentionRows:
         """Whether the module's output was once found to be what these rows lead to."""
         return self.attention in _checked
 
-    def check(self, output: Any, queries: Columns) -> None:
+    def check(self, output: Any, queries: KeptTokens) -> None:
         """Compares with what the module put out for these arguments, the first time it is used.
 
         Raises:
@@ -111,7 +117,7 @@ class AttentionRows:
         heads = torch.cat([weights @ value[:, group, None] for group, weights in enumerate(self)], 1)
         expected = attention.o_proj(heads.transpose(1, 2).flatten(2).to(hidden.dtype))
         valid = queries.valid.to(expected.device)
-        expected, found = expected[valid].float(), queries.take(made)[valid].float()
+        expected, found = expected[valid].float(), queries.gather(made)[valid].float()
         error = (expected - found).norm() / found.norm().clamp(min=1e-12)
         if not error <= TOLERANCE.get(hidden.dtype, 5e-2):
             raise ValueError(
@@ -119,6 +125,23 @@ class AttentionRows:
                 f"are off by {float(error):.1%}. {_REMEDY}"
             )
         _checked.add(attention)
+
+
+class AttentionCall:
+    """One call of an attention module for a group of samples, kept until the next layer has been decided on."""
+
+    def __init__(self, attention: nn.Module, arguments: Mapping[str, Any]):
+        self.attention, self.arguments, self.output = attention, arguments, None
+        self.before = _cached(attention, call_cache(arguments))  # the call itself will add to it
+
+    def paid(self, queries: torch.Tensor) -> torch.Tensor:
+        """What the marked tokens attend to, mean over heads and summed over them: bool -> float32 [n, width]."""
+        columns = KeptTokens.from_mask(queries)
+        read = AttentionRows(self.attention, self.arguments, columns, self.before)
+        read.check(self.output, columns)
+        asked = columns.valid.to(read.query.device, torch.float32)
+        paid = [torch.einsum("nq,nhqk->nk", asked, weights) for weights in read]
+        return sum(paid[1:], paid[0])[:, -queries.shape[1] :] / read.query.shape[1]
 
 
 _REMEDY = "Only modules with q_proj, k_proj, v_proj, o_proj and rotary positions can be read"

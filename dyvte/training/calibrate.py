@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from scipy.stats import beta
 
-from dyvte.heads.model import ExitHeads, boldest_safe
+from dyvte.heads import ExitHeads
+from dyvte.heads.risk import boldest_safe
 from dyvte.training.fit import probability_of
 from dyvte.training.store import TraceSet
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torchmetrics.functional.classification import binary_accuracy, binary_auroc, binary_calibration_error
 from tqdm.auto import tqdm
 
-from dyvte.heads.model import ExitHeads, ExitHeadsConfig
+from dyvte.heads import ExitHeads, ExitHeadsConfig
 from dyvte.training.store import TraceSet
 
 

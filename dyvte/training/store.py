@@ -12,15 +12,14 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-import transformers
 from datasets.arrow_writer import ArrowWriter
 from torch import nn
 from tqdm.auto import tqdm
 
-from dyvte.data.sources import GREEDY, Sample, encode
-from dyvte.runtime.tokens import find_decoder, smallest_exit, underlying_model, visual_tokens
+from dyvte.data import GREEDY, Sample, encode
+from dyvte.provenance import atomic_path, claim, differing, versions
+from dyvte.runtime.decoder import DecoderSpec, underlying_model, visual_tokens
 from dyvte.training.trace import trace_batch
-from dyvte.version import __version__
 
 ANSWERS = ("dense", "dataset")
 PROVENANCE = "provenance.json"
@@ -99,20 +98,21 @@ def write_traces(
         raise ValueError("there are no samples to trace: check the data config")
     if answers == "dataset" and not samples[0].answers:
         raise ValueError("the samples have no answers to trace: use answers=dense, or map the column of answers")
-    folder, base = Path(folder), underlying_model(model)
+    folder, spec = Path(folder), DecoderSpec.of(model)
+    base = spec.model
     record = {
         "base_model": getattr(base.config, "_name_or_path", None) or None,
         "base_revision": getattr(base.config, "_commit_hash", None),
-        "num_layers": len(find_decoder(base).layers),
-        "hidden_size": find_decoder(base).config.hidden_size,
-        "min_layer": smallest_exit(base, find_decoder(base)),
+        "num_layers": spec.num_layers,
+        "hidden_size": spec.config.hidden_size,
+        "min_layer": spec.min_layer,
         "dtype": str(base.dtype).removeprefix("torch."),
         "answers": answers,
         "max_new_tokens": max_new_tokens,
         "samples": len(samples),
         "shard_size": shard_size,
         "data": provenance or {},
-        "versions": {"dyvte": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions(),
     }
     _claim(folder, record, rank)
     starts = list(range(0, len(samples), shard_size))[rank::world_size]
@@ -135,22 +135,18 @@ def write_traces(
 
 
 def _claim(folder: Path, record: dict[str, Any], rank: int) -> None:
-    """Writes the provenance, or checks that the folder was made from the same."""
-    path = folder / PROVENANCE
-    if path.exists():
-        old = json.loads(path.read_text())
-        differing = [key for key in record if key != "versions" and old.get(key) != json.loads(json.dumps(record[key]))]
-        if differing:
+    """Notes what the traces are made from, or checks it; only the versions may change when a run goes on."""
+
+    def same(noted: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+        other = differing(noted, {key: value for key, value in record.items() if key != "versions"})
+        if other:
             raise ValueError(
-                f"{folder} holds traces made otherwise ({', '.join(f'{k}: {old.get(k)!r}' for k in differing)}): "
+                f"{folder} holds traces made otherwise ({', '.join(f'{key}: {old!r}' for key, old in other.items())}): "
                 "choose another folder or remove this one"
             )
-    elif rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".new")
-        fresh.write_text(json.dumps(record, indent=2) + "\n")
-        fresh.rename(path)  # whole or not at all: other ranks may be reading
-    folder.mkdir(parents=True, exist_ok=True)
+        return noted
+
+    claim(folder / PROVENANCE, record, same, write=rank == 0)
 
 
 def _trace_samples(
@@ -252,11 +248,9 @@ def _save(rows: list[dict[str, Any]], shard: Path) -> None:
         | {name: datasets.List(value("float16"), length=layers) for name in ("nll", "kl")}
     )
     columns = {name: [row[name] for row in rows] for name in features}
-    new = shard.with_suffix(".new")
-    with ArrowWriter(path=str(new), features=features) as writer:
+    with atomic_path(shard) as fresh, ArrowWriter(path=str(fresh), features=features) as writer:
         writer.write_batch(columns)
         writer.finalize()
-    new.rename(shard)
 
 
 def _tensor(table: datasets.Dataset, name: str) -> torch.Tensor:

@@ -5,7 +5,6 @@ The original runs the model once per candidate layer and sample. Traces hold the
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from dyvte.methods.exits import FixedExit
+from dyvte.provenance import write_json
 from dyvte.training.store import TraceSet, load_traces
 
 # The thresholds of the original, in nats, for the models it was published with.
@@ -126,7 +126,7 @@ def calibrate(
     choice = choose_exit(traces, **settings)
     if output is not None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps(choice.as_dict(), indent=2) + "\n")
+        write_json(output, choice.as_dict())
     return choice
 
 

@@ -1,0 +1,144 @@
+"""Where results come from and how they reach the disk: versions, hardware, fingerprints, whole files, claims."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from dyvte.version import __version__
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the results."""
+    return {
+        "dyvte": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def hardware(model: nn.Module) -> dict[str, Any]:
+    """What the model runs on."""
+    device = next(model.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
+    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "system": platform.system()}
+
+
+def _processor_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def fingerprint(content: Any) -> str:
+    """16 hex digits that change with a value made of what JSON can hold; anything else in it counts as its text."""
+    return _digest([json.dumps(content, sort_keys=True, default=str)])
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """Changes with the architecture and the weights, of which it sees the first few of each tensor."""
+    return _digest(
+        f"{name} {tuple(parameter.shape)} {parameter.detach().flatten()[:64].float().cpu().tolist()}"
+        for name, parameter in module.named_parameters()
+    )
+
+
+def _digest(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode())
+    return digest.hexdigest()[:16]
+
+
+def describe(value: Any) -> Any:
+    """What determines a policy's decisions, in terms of JSON: class, settings, fingerprints of modules and tensors."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [describe(v) for v in value]
+    if isinstance(value, Mapping):
+        return fingerprint(sorted(value.items()))
+    if isinstance(value, torch.Tensor):
+        return fingerprint(value.tolist())
+    if isinstance(value, nn.Module):
+        return {"class": type(value).__name__, "weights": weights_fingerprint(value)}
+    if isinstance(value, torch.Generator):
+        return {"seed": value.initial_seed()}
+    if isinstance(value, functools.partial):
+        keywords = {key: describe(v) for key, v in value.keywords.items()}
+        return {"call": describe(value.func), "args": describe(value.args)} | keywords
+    if callable(value) and hasattr(value, "__qualname__"):
+        return value.__qualname__
+    return {"class": type(value).__name__} | {k: describe(v) for k, v in vars(value).items() if not k.startswith("_")}
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """A path to write to, whose file takes the place of ``path`` at the end: whole, or, after an error, not at all.
+
+    The path lies in the same folder, ends as ``path`` does and is nobody else's.
+    """
+    path = Path(path)
+    fresh = path.with_name(f".{os.getpid()}-{secrets.token_hex(8)}-{path.name}")
+    try:
+        yield fresh
+        with fresh.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file whole or not at all; text as UTF-8."""
+    with atomic_path(path) as fresh:
+        fresh.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes JSON, whole or not at all."""
+    atomic_write(path, json.dumps(content, indent=2) + "\n")
+
+
+def differing(noted: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a record that were noted with another value: their names, and what was noted."""
+    record = json.loads(json.dumps(record))
+    return {name: noted.get(name) for name, value in record.items() if noted.get(name) != value}
+
+
+def claim(
+    path: Path,
+    record: dict[str, Any],
+    merge: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
+    *,
+    write: bool = True,
+) -> None:
+    """Notes what the content of a folder is made from, or checks it against what an earlier run noted there.
+
+    Args:
+        path: the JSON file of the record; its folder is made.
+        record: what determines the content, as JSON can hold it.
+        merge: called with the noted record and this one; raises ``ValueError`` where they do not go together (see
+            :func:`differing`), else gives the record to note from now on.
+        write: False for the ranks of a distributed run that leave the note to another one.
+    """
+    noted = json.loads(path.read_text()) if path.exists() else None
+    if noted is not None:
+        record = merge(noted, record)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if write and record != noted:
+        write_json(path, record)

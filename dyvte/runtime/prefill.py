@@ -1,0 +1,223 @@
+"""One forward pass over the prompt of a turn, in which every sample has its own tokens at every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from dyvte.runtime.arguments import cache_name, check_arguments
+from dyvte.runtime.attention import AttentionCall
+from dyvte.runtime.decoder import DecoderSpec
+from dyvte.runtime.groups import Group, regroup, split
+from dyvte.runtime.pass_cache import PassCache
+from dyvte.runtime.prompt import Prompt
+from dyvte.runtime.reduction import LayerView, Reduction
+from dyvte.runtime.tokens import KeptTokens
+from dyvte.runtime.verdict import Verdict, not_finite
+
+
+class PromptPass:
+    """The groups of a prompt on their way through the layers.
+
+    Attributes:
+        groups: the samples of the batch; each runs every layer once. At first one group of all samples and tokens.
+        exits: long [batch] on the CPU, after how many layers the last visual token of each sample was gone.
+        counts: for each layer run so far, (samples, visual tokens of each) of its groups.
+        kept: for each layer run so far, (samples, tokens) of its groups.
+    """
+
+    def __init__(
+        self, spec: DecoderSpec, prompt: Prompt, hidden: torch.Tensor, cache: Cache | None, past: torch.Tensor
+    ):
+        """
+        Args:
+            hidden: the embeddings that enter the decoder [batch, sequence, d].
+            cache: the model's; None without one.
+            past: bool [batch, columns of the turns before], what is not padding there.
+        """
+        self.spec, self.prompt, self.cache = spec, prompt, PassCache(spec, prompt, cache, past)
+        self.batch, self.length = prompt.shape
+        everyone, may = torch.arange(self.batch), prompt.can_leave.nonzero().flatten()
+        whole = KeptTokens.whole(prompt.valid)
+        self.groups = [Group(prompt, everyone, whole, hidden, may, cache, whole=True)]
+        self.exits = torch.full((self.batch,), spec.num_layers)
+        self.current: Group | None = None  # the one whose layer is running
+        self.attention: dict[int, AttentionCall] = {}  # by group, of the layer that ran last
+        self.counts: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        self.kept: list[list[tuple[torch.Tensor, KeptTokens]]] = []
+        self._reductions: list[Reduction] = []
+        self._verdicts: dict[tuple[int, int], list[Verdict]] = {}
+        self._checked = False
+        self.returns_tuple = False
+        self._returned: torch.Tensor | None = None
+
+    def start(self, method: Reduction) -> None:
+        """Asks a method what it has to say about this prompt."""
+        group = self.groups[0]
+        view = LayerView(group, torch.arange(self.batch), 0, self.spec)
+        for part in method.parts():
+            reduction = part.start(view)
+            if reduction.layers is None or reduction.layers:
+                self._reductions.append(reduction)
+        if self._reductions:
+            # Here the host waits anyway; later a GPU's queue would run dry.
+            for reduction in self._reductions:
+                places = self._places(group, reduction)
+                if len(places) and reduction.reads_text:
+                    group.reader(places)
+
+    def run(self, index: int, forward: Callable[..., Any], hidden: torch.Tensor, given: dict[str, Any]) -> Any:
+        """Runs decoder layer ``index`` for every group; what the layer would have returned for the first of them.
+
+        After the last layer everything is back where it was, with zeros at the tokens that are gone.
+
+        Args:
+            forward: of the layer.
+            hidden: as the model hands them on: those of the first group.
+            given: the layer's other arguments, as for the whole batch.
+        """
+        self._receive(index, hidden)
+        self._reduce(index)
+        self.attention.clear()
+        self._note()
+        name, last = cache_name(given), index == self.spec.num_layers - 1
+        output = None
+        for group in self.groups:
+            self.current = group
+            group.hidden = group.hidden.to(hidden.device)
+            output = forward(group.hidden, **self._arguments(index, group, given, name))
+            group.hidden = output[0] if isinstance(output, tuple) else output
+        self.current = None
+        self.cache.merge(index, self.groups)
+        result = self._full() if last else self.groups[0].hidden
+        if last and not self._dense:
+            self._check_finite(result)
+        self._returned, self.returns_tuple = result, isinstance(output, tuple)
+        return (result, *output[1:]) if isinstance(output, tuple) else result
+
+    def _arguments(self, index: int, group: Group, given: dict[str, Any], name: str | None) -> dict[str, Any]:
+        if self.cache.serves(index, group):
+            return given
+        if not self._checked:
+            check_arguments(self.spec.layers[index], given, self.batch, self.length)
+            self._checked = True
+        others = {key: value for key, value in given.items() if key != name}
+        held = self.cache.held(index)
+        arguments = group.arguments(self.spec.kinds[index], others, self.spec, held, self.cache.length)
+        if name is not None:
+            arguments[name] = self.cache.prepare(index, group, held)
+        return arguments
+
+    def release(self) -> None:
+        """Lets go of states and caches; what was kept where stays known."""
+        self.groups, self.attention, self._reductions, self._verdicts = [], {}, [], {}
+        self.cache, self._returned = None, None
+
+    def _receive(self, index: int, hidden: torch.Tensor) -> None:
+        group, before = self.groups[0], self._returned
+        if before is not None and not self._dense and hidden is not before:
+            moved = hidden.device != before.device or hidden.dtype != before.dtype
+            if hidden.shape != before.shape or not (moved or hidden.data_ptr() == before.data_ptr()):
+                raise ValueError(
+                    f"the model changes the hidden states before decoder layer {index}, when some visual tokens are "
+                    "gone: they cannot be withdrawn so early. Choose a later layer, or use it without the exit"
+                )
+        group.hidden = hidden
+
+    @property
+    def _dense(self) -> bool:
+        """Whether every sample still has all its tokens."""
+        return len(self.groups) == 1 and self.groups[0].whole
+
+    # Which tokens go.
+
+    def _reduce(self, index: int) -> None:
+        for number, reduction in enumerate(self._reductions):
+            layer = index + reduction.lookahead
+            if (index > 0 or layer == 0) and self._asks(reduction, layer):
+                for group in self.groups:
+                    self._ask(number, reduction, group, layer)
+            verdicts = self._verdicts.pop((number, index), None)
+            if verdicts is not None:
+                self._apply(index, verdicts)
+
+    def _asks(self, reduction: Reduction, layer: int) -> bool:
+        first = self.spec.first if reduction.layers is not None else self.spec.min_layer
+        if not first <= layer < self.spec.num_layers:
+            return False
+        return reduction.layers is None or layer in reduction.layers
+
+    @staticmethod
+    def _places(group: Group, reduction: Reduction) -> torch.Tensor:
+        """The samples of a group that a reduction may take something from."""
+        if reduction.admitted is None:
+            return group.reducible
+        admitted = reduction.admitted
+        return group.memo(lambda: group.reducible[admitted[group.samples[group.reducible]]], "admitted", reduction)
+
+    def _ask(self, number: int, reduction: Reduction, group: Group, layer: int) -> None:
+        places = self._places(group, reduction)
+        if len(places) == 0:
+            return
+        view = LayerView(group, places, layer, self.spec, self.attention.get(id(group)))
+        keep = reduction.select(view)
+        if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.shape != view.visual.shape:
+            raise ValueError(f"{type(reduction).__name__}.select() must return bool {list(view.visual.shape)}")
+        update = reduction.update(view, keep)
+        if update is not None and (reduction.lookahead or update.shape != view.hidden.shape):
+            raise ValueError(
+                f"{type(reduction).__name__}.update() must return states {list(view.hidden.shape)}, and needs the "
+                "states of the layer itself: leave lookahead at 0"
+            )
+        self._verdicts.setdefault((number, layer), []).append(Verdict(view, keep, update))
+
+    def _apply(self, index: int, verdicts: Sequence[Verdict]) -> None:
+        """Takes away what verdicts said, where they said anything."""
+        for verdict in verdicts:
+            verdict.update_states()
+        said = [verdict for verdict in verdicts if verdict.takes()]
+        if not said:
+            return
+        parts: list[Group] = []
+        for group in self.groups:
+            keep = group.visual
+            for verdict in said:
+                keep = verdict.narrow(group, keep)
+            fewer, left = torch.stack([(group.visual & ~keep).any(1), keep.any(1)]).tolist()
+            if True in fewer:
+                self.exits[group.samples[torch.tensor(fewer) & ~torch.tensor(left)]] = index
+                parts += split(group, keep | group.staying, fewer, left)
+            else:
+                parts.append(group)
+        self.groups = regroup(parts)
+
+    def _note(self) -> None:
+        self.counts.append([(g.samples, g.memo(lambda g=g: g.visual.sum(1), "count")) for g in self.groups])
+        self.kept.append([(g.samples, g.tokens) for g in self.groups])
+
+    def _full(self) -> torch.Tensor:
+        """The states of all samples and columns, with zeros at what is gone."""
+        if self._dense:
+            return self.groups[0].hidden
+        like = self.groups[0].hidden
+        full = like.new_zeros(self.batch, self.length, like.shape[-1])
+        for group in self.groups:
+            rows = group.samples_on(full.device)
+            if group.whole:
+                full[rows] = group.hidden.to(full.device)
+            else:
+                # Places that hold nothing write their zeros to columns that are gone anyway.
+                states = group.hidden * group.tokens.valid[..., None].to(group.hidden)
+                full[rows[:, None], group.tokens.index.to(full.device)] = states.to(full.device)
+        return full
+
+    def _check_finite(self, hidden: torch.Tensor) -> None:
+        """Raises ``ValueError`` if the last token of a prompt came out as NaN or infinite."""
+        tail = self.prompt.tail
+        last = tail.gather(hidden)[:, -1] if tail.index.device == hidden.device else hidden[:, -1]
+        fine = last.isfinite().all(1) | ~tail.valid[:, -1].to(hidden.device)
+        if not bool(fine.all()):
+            raise ValueError(not_finite((~fine).nonzero().flatten().tolist(), self.spec.num_layers))
