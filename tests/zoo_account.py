@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import transformers
 import zoo
 from zoo_fixes import FIXES
 from zoo_oracle import masked, sizes, text_rows_alone
+from zoo_prompts import Piece, extend, inputs, visual
 
 import dyvte
 
@@ -41,6 +43,10 @@ class Account:
     smallest_exit: int | None = None
     needs: str = ""
 
+    def entry(self) -> dict[str, Any]:
+        """What the record holds of it."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value}
+
 
 class Mismatch(Exception):
     """dyvte's numbers are not those of the definition."""
@@ -57,21 +63,21 @@ class Subject:
         except ValueError:  # some have eager attention only
             self.model = zoo.tiny_model(name, "eager")
 
-    def inputs(self, prompts: list[list[zoo.Piece]]) -> dict[str, Any]:
-        return zoo.inputs(self.model, self.name, *prompts)
+    def inputs(self, prompts: list[list[Piece]]) -> dict[str, Any]:
+        return inputs(self.model, self.name, *prompts)
 
-    def prompt(self, before: int, after: int, images: int = 1) -> list[zoo.Piece]:
+    def prompt(self, before: int, after: int, images: int = 1) -> list[Piece]:
         """Text, images, text; a bit more of it where the definition could take its length for another size."""
         forbidden = sizes(self.reference)
         while True:
-            pieces: list[zoo.Piece] = [before, *["image", 1] * (images - 1), "image", after]
-            visual = zoo.visual(self.inputs([pieces]))
-            lengths = {visual.shape[1] + STEPS - 1, int((~visual).sum()) + STEPS - 1}
+            pieces: list[Piece] = [before, *["image", 1] * (images - 1), "image", after]
+            seen = visual(self.inputs([pieces]))
+            lengths = {seen.shape[1] + STEPS - 1, int((~seen).sum()) + STEPS - 1}
             if not lengths & forbidden:
                 return pieces
             after += 1
 
-    def alone(self, row: int, prompts: list[list[zoo.Piece]], whole: dict[str, Any]) -> dict[str, Any]:
+    def alone(self, row: int, prompts: list[list[Piece]], whole: dict[str, Any]) -> dict[str, Any]:
         """The inputs of one sample of a batch, unpadded."""
         images = [prompt.count("image") for prompt in prompts]
         length = int(whole["attention_mask"][row].sum())
@@ -90,30 +96,30 @@ class Subject:
         return own
 
     def expected(
-        self, prompts: list[list[zoo.Piece]], given: dict[str, Any], answers: torch.Tensor, exits: list[int]
+        self, prompts: list[list[Piece]], given: dict[str, Any], answers: torch.Tensor, exits: list[int]
     ) -> list[torch.Tensor]:
         """Logits of every sample's text tokens and of its answer, by the definition."""
         if self.fixes.get("definition") == "masks":
-            whole = zoo.extend(self.name, given, answers)
-            logits = masked(self.reference, whole, zoo.visual(whole), torch.tensor(exits))
-            text = whole["attention_mask"].bool() & ~zoo.visual(whole)
+            whole = extend(self.name, given, answers)
+            logits = masked(self.reference, whole, visual(whole), torch.tensor(exits))
+            text = whole["attention_mask"].bool() & ~visual(whole)
             return [row[kept] for row, kept in zip(logits, text)]
         found = []
         for row, layer in enumerate(exits):
-            whole = zoo.extend(self.name, self.alone(row, prompts, given), answers[row : row + 1])
-            found.append(text_rows_alone(self.reference, whole, zoo.visual(whole)[0], layer))
+            whole = extend(self.name, self.alone(row, prompts, given), answers[row : row + 1])
+            found.append(text_rows_alone(self.reference, whole, visual(whole)[0], layer))
         return found
 
     @torch.no_grad()
-    def compare(self, prompts: list[list[zoo.Piece]], exits: list[int], needs: dict[str, Any]) -> None:
-        """Prompt logits and greedy decoding of a batch against the definition.
+    def compare(self, prompts: list[list[Piece]], exits: list[int], needs: dict[str, Any]) -> list[torch.Tensor]:
+        """Prompt logits and greedy decoding of a batch against the definition, which is returned.
 
         Raises:
             Mismatch: they differ by more than 1e-5 + 1e-4 of the value.
         """
         given = self.inputs(prompts)
         if "visual_mask" in needs:
-            needs = needs | {"visual_mask": zoo.visual(given)}
+            needs = needs | {"visual_mask": visual(given)}
         with dyvte.visual_exit(self.model, dyvte.FixedExit(exits), **needs) as handle:
             logits = self.model(**given).logits
             layers = [handle.layers.tolist()]
@@ -124,8 +130,9 @@ class Subject:
         if layers != [exits, exits]:
             raise Mismatch(f"exits {exits} became {layers}")
         answers = out.sequences[:, -STEPS:]
-        text = given["attention_mask"].bool() & ~zoo.visual(given)
-        for row, expected in enumerate(self.expected(prompts, given, answers[:, :-1], exits)):
+        text = given["attention_mask"].bool() & ~visual(given)
+        definition = self.expected(prompts, given, answers[:, :-1], exits)
+        for row, expected in enumerate(definition):
             place = f"exit {exits[row]} of {exits}"
             check(f"prompt, {place}", logits[row, text[row]], expected[: 1 - STEPS])
             check(f"decoding, {place}", torch.stack([step[row] for step in out.logits]), expected[-STEPS:])
@@ -133,6 +140,22 @@ class Subject:
             likely[:, [zoo.PAD, *range(zoo.IMAGE, expected.shape[1])]] = -float("inf")
             if answers[row].tolist() != likely.argmax(-1).tolist():
                 raise Mismatch(f"greedy ids, {place}")
+        return definition
+
+    @torch.no_grad()
+    def compare_trace(self, prompts: list[list[Piece]], first: int, last: int, needs: dict[str, Any]) -> None:
+        """What a trace says of every exit's next token, against the definition."""
+        given = self.inputs(prompts)
+        needs = needs | {"visual_mask": visual(given)} if needs else needs
+        trace = dyvte.trace_batch(self.model, given, **needs)
+        answers = torch.full((len(prompts), STEPS - 1), 5)
+        dense = self.expected(prompts, given, answers, [last] * len(prompts))
+        for layer in (first, last - 1):
+            exits = self.expected(prompts, given, answers, [layer] * len(prompts))
+            for row, (at_exit, whole) in enumerate(zip(exits, dense)):
+                q, p = at_exit[-STEPS].log_softmax(-1), whole[-STEPS].log_softmax(-1)
+                check(f"trace of exit {layer}, NLL", trace.nll[row, layer - 1], -q[p.argmax()])
+                check(f"trace of exit {layer}, KL", trace.kl[row, layer - 1], (q.exp() * (q - p)).sum())
 
 
 def check(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -149,9 +172,9 @@ def examine(name: str) -> Account:
         outcome = "no decoder-only prompt" if "without a prompt" in fixes else "refused"
         try:
             dyvte.attach(zoo.tiny_model(name), dyvte.NeverExit()).detach()
-        except ValueError:
-            return Account(outcome, fixes.get("without a prompt") or fixes["no decoder"])
         except Exception as error:
+            if refusal(error):
+                return Account(outcome, fixes.get("without a prompt") or fixes["no decoder"])
             return Account("wrong", f"{type(error).__name__}: {error}")
         return Account("wrong", "attaching is not refused")
     subject, first, needs = Subject(name), None, {}
@@ -159,20 +182,28 @@ def examine(name: str) -> Account:
         first, needs = smallest_exit(subject)
         last = subject.model.config.get_text_config(decoder=True).num_hidden_layers
         single = subject.prompt(3, 5)
-        for layer in range(first, last + 1):
-            subject.compare([single], [layer], needs)
+        logits = [subject.compare([single], [layer], needs)[0] for layer in (first, last - 1, last)]
+        if (logits[0] - logits[-1])[: 1 - STEPS].abs().max() < 1e-3:
+            raise Mismatch(f"exit {first} changes nothing, so nothing was tested")
         prompts = [single, subject.prompt(1, 9), subject.prompt(2, 2, images=2)]
         if "same length" in fixes:
             prompts = [single, [1, *single[1:-1], single[-1] + 2], [4, *single[1:-1], single[-1] - 1]]
-        for exits in ([first, last, last - 1], [last - 1, first, min(first + 1, last)], [first] * 3):
+        for exits in ([first, last, last - 1], [min(first + 2, last), first, first + 1]):
             subject.compare(prompts, exits, needs)
-    except ValueError as error:
-        return Account("refused", str(error))
+        subject.compare_trace(prompts, first, last, needs)
     except Mismatch as error:
         return Account("wrong", str(error), first, ", ".join(needs))
     except Exception as error:
+        if refusal(error):
+            return Account("refused", str(error))
         return Account("wrong", f"{type(error).__name__}: {error}", first, ", ".join(needs))
     return Account("exact", fixes.get("same length", ""), first, ", ".join(needs))
+
+
+def refusal(error: Exception) -> bool:
+    """Whether it is dyvte that says so, and as a ValueError."""
+    place = traceback.extract_tb(error.__traceback__)[-1].filename
+    return isinstance(error, ValueError) and Path(dyvte.__file__).parent in Path(place).parents
 
 
 def smallest_exit(subject: Subject) -> tuple[int, dict[str, Any]]:
@@ -187,15 +218,35 @@ def smallest_exit(subject: Subject) -> tuple[int, dict[str, Any]]:
     raise AssertionError
 
 
+def table(types: dict[str, dict[str, Any]]) -> str:
+    """The account as a table, exact types first."""
+    order = ("exact", "refused", "no decoder-only prompt", "wrong")
+    rows = ["| type | outcome | smallest exit | note |", "|---|---|---|---|"]
+    for name, account in sorted(types.items(), key=lambda item: (order.index(item[1]["outcome"]), item[0])):
+        note = account.get("why", "").split(": use ")[0].split(". Use ")[0]
+        if account.get("needs"):
+            note = "; ".join(part for part in (f"pass `{account['needs']}`", note) if part)
+        rows.append(
+            f"| {name} | {account['outcome']} | {account.get('smallest_exit', '')} | {note} |".replace("  ", " ")
+        )
+    return "\n".join(rows)
+
+
+def page(types: dict[str, dict[str, Any]]) -> str:
+    """The page with the table between its marks."""
+    before, rest = PAGE.read_text().split(START)
+    return f"{before}{START}\n{table(types)}\n{END}{rest.split(END)[1]}"
+
+
 def main() -> None:
     transformers.logging.set_verbosity_error()
-    names = sys.argv[1:] or list(zoo.MAPPING)
-    accounts = {name: examine(name) for name in names}
+    accounts = {name: examine(name) for name in sys.argv[1:] or zoo.MAPPING}
     for name, account in accounts.items():
         print(f"{name:24} {account.outcome:8} {account.why[:160]}")
     if not sys.argv[1:]:
-        types = {n: {k: v for k, v in dataclasses.asdict(a).items() if v} for n, a in accounts.items()}
+        types = {name: account.entry() for name, account in accounts.items()}
         RECORD.write_text(json.dumps({"transformers": transformers.__version__, "types": types}, indent=1) + "\n")
+        PAGE.write_text(page(types))
 
 
 if __name__ == "__main__":

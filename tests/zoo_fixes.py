@@ -1,6 +1,14 @@
 """What single model types need beyond the general shrinking of :mod:`zoo`, as data.
 
-Towers that only come with timm are replaced by small ones of transformers.
+config: fields of the config and of its parts.
+pixels: what one image is in the inputs; a tuple is the shape of random numbers, a list the values themselves.
+along, per sample, counts on: how the images of a batch are put together, where not along the first dimension.
+tokens, around: how many visual tokens an image has, where the model cannot be asked; tokens before and after them.
+mask_as, answer_type: an input that marks the visual tokens; the token type of generated tokens.
+definition: "masks" where rows alone do not say what an exit means.
+same length: why the prompts of a batch are not padded.
+output: (part, attribute): an output of a part that the model reads and the part does not have.
+without a prompt, no decoder: why there is nothing to withdraw.
 """
 
 from __future__ import annotations
