@@ -98,9 +98,8 @@ def timed(run: Callable[[], Any]) -> list[float]:
 def timed_by_layer(model: LlamaForCausalLM, run: Callable[[], Any]) -> list[float]:
     """Seconds of a model's pass in laps: what disturbs a CPU spoils a few laps, not the run.
 
-    One lap up to the first decoder layer, then for every layer one of what hooks do before it (those of the exit) and
-    one of the layer itself; the last goes on to the end. On a GPU a single lap, since the clock could not be read
-    without waiting for the device.
+    One lap up to the first decoder layer, then one for every layer, with what is decided before it; the last goes on
+    to the end. On a GPU a single lap, since the clock could not be read without waiting for the device.
     """
     if torch.cuda.is_available():
         return timed(run)
@@ -110,8 +109,7 @@ def timed_by_layer(model: LlamaForCausalLM, run: Callable[[], Any]) -> list[floa
         marks.append(time.perf_counter())
 
     hooks = [model.register_forward_pre_hook(mark, prepend=True), model.register_forward_hook(mark)]
-    for layer in model.get_decoder().layers:
-        hooks += [layer.register_forward_pre_hook(mark, prepend=True), layer.register_forward_pre_hook(mark)]
+    hooks += [layer.register_forward_pre_hook(mark, prepend=True) for layer in model.get_decoder().layers]
     try:
         run()
     finally:

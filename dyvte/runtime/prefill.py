@@ -50,7 +50,7 @@ class PromptPass:
         self.kept: list[list[tuple[torch.Tensor, KeptTokens]]] = []
         self._reductions: list[Reduction] = []
         self._verdicts: dict[int, list[Verdict]] = {}
-        self._checked = False
+        self._checked: set[tuple[str, ...]] = set()  # names of arguments
         self.returns_tuple = False
         self._returned: torch.Tensor | None = None
 
@@ -101,9 +101,9 @@ class PromptPass:
     def _arguments(self, index: int, group: Group, given: dict[str, Any], name: str | None) -> dict[str, Any]:
         if self.cache.serves(index, group):
             return given
-        if not self._checked:
+        if tuple(given) not in self._checked:
             check_arguments(self.spec.layers[index], given, self.batch, self.length)
-            self._checked = True
+            self._checked.add(tuple(given))
         others = {key: value for key, value in given.items() if key != name}
         held = self.cache.held(index)
         arguments = group.arguments(self.spec.kinds[index], others, self.spec, held, self.cache.length)
