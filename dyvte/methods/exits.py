@@ -104,7 +104,7 @@ class _Planned(Reduction):
         self.layers: Collection[int] = set(exits.tolist()) - {num_layers}
 
     def select(self, view: LayerView) -> torch.Tensor:
-        return (self.exits[view.samples] > view.layer)[:, None].expand(view.visual.shape)
+        return (self.exits[view.samples] > view.layer)[:, None].expand(view.shape)
 
 
 class _Asked(Reduction):
@@ -119,7 +119,7 @@ class _Asked(Reduction):
     def select(self, view: LayerView) -> torch.Tensor:
         state = view.text_state()
         leaves = _verdict(self.policy, "leaves", self.policy.leaves(view.layer, state), len(state))
-        return ~leaves[:, None].expand(view.visual.shape)
+        return (~leaves)[:, None].expand(view.shape)
 
 
 def _verdict(policy: ExitPolicy, method: str, verdict: torch.Tensor, rows: int) -> torch.Tensor:

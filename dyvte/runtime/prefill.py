@@ -163,8 +163,8 @@ class PromptPass:
             return
         view = LayerView(group, places, layer, self.spec, self.attention.get(id(group)))
         keep = reduction.select(view)
-        if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.shape != view.visual.shape:
-            raise ValueError(f"{type(reduction).__name__}.select() must return bool {list(view.visual.shape)}")
+        if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.shape != view.shape:
+            raise ValueError(f"{type(reduction).__name__}.select() must return bool {list(view.shape)}")
         update = reduction.update(view, keep)
         if update is not None and (reduction.lookahead or update.shape != view.hidden.shape):
             raise ValueError(

@@ -46,6 +46,11 @@ class LayerView:
         return grid if self._everyone else grid[self.places.to(grid.device)]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(n, width)"""
+        return len(self.places), self.group.tokens.width
+
+    @property
     def hidden(self) -> torch.Tensor:
         """[n, width, d], the states after the layers so far, before any final norm."""
         return self._rows(self.group.hidden)
@@ -69,7 +74,7 @@ class LayerView:
     def text_state(self) -> torch.Tensor:
         """float32 [n, 2d], see :class:`~dyvte.runtime.prompt.TextReader`."""
         state = self.group.reader(self.places)(self.group.hidden)
-        self.finite = state.isfinite().all(1)
+        self.finite = state.sum(1).isfinite()
         return state
 
     def last_token(self) -> torch.Tensor:
