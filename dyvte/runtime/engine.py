@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from dyvte.runtime.arguments import MASK, layer_call
-from dyvte.runtime.attention import AttentionCall, call_arguments, find_attention
+from dyvte.runtime.attention import AttentionCall, find_attention, watch
 from dyvte.runtime.cache import KeptLayer
 from dyvte.runtime.calls import Calls, Frame, VisualMask
 from dyvte.runtime.compat import call_cache
 from dyvte.runtime.decoder import DecoderSpec, override
+from dyvte.runtime.groups import Group
 from dyvte.runtime.prefill import PromptPass
 from dyvte.runtime.prompt import Prompt
 from dyvte.runtime.splice import SplicedVisualMask
@@ -172,17 +173,13 @@ class Engine:
         return names if group is None else [names[sample] for sample in group.samples.tolist()]
 
     def _keep_attention(self, module: nn.Module) -> None:
-        def before(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if self.run is not None and self.run.current is not None:
-                call = AttentionCall(attention, call_arguments(attention, args, kwargs))
-                self.run.attention[id(self.run.current)] = call
+        def group() -> Group | None:
+            return self.run.current if self.run is not None else None
 
-        def after(attention: nn.Module, args: tuple, output: Any) -> None:
-            if self.run is not None and self.run.current is not None:
-                self.run.attention[id(self.run.current)].output = output
+        def keep(call: AttentionCall) -> None:
+            self.run.attention[id(self.run.current)] = call
 
-        self._restore.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        self._restore.append(module.register_forward_hook(after).remove)
+        self._restore.append(watch(module, lambda: None if group() is None else group().keys.valid, keep))
 
     # Running.
 
