@@ -247,6 +247,7 @@ class LearnedExit(ExitPolicy):
 
     def check(self, spec: DecoderSpec) -> None:
         name = getattr(getattr(spec.model, "config", None), "_name_or_path", None)
+        self.heads.check_whole()
         self.heads.check_fits(spec.num_layers, spec.config.hidden_size, name)
         if self.heads.dtype != torch.float32:
             raise ValueError(

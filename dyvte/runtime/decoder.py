@@ -6,9 +6,7 @@ Everything here asks the model or its config; nothing is a table of architecture
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -118,30 +116,18 @@ class DecoderSpec:
         return max(self.first, 1)
 
 
+def without_engine(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of DeepSpeed and data parallelism."""
+    while isinstance(inner := model._modules.get("module"), nn.Module):  # hasattr() is true of all that engines forward
+        model = inner
+    return model
+
+
 def underlying_model(model: nn.Module) -> nn.Module:
     """The model whose ``forward`` runs: inside the wrappers of peft, DeepSpeed and data parallelism."""
-    while True:
-        inner = model._modules.get("module")  # engines forward attributes, so hasattr() would not tell
-        if isinstance(inner, nn.Module):
-            model = inner
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return model
-
-
-def override(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
-    """Sets an attribute of this module alone; returns what puts back the one that it had, or its class's."""
-    own = vars(module).get(name)
-    setattr(module, name, value)
-
-    def restore() -> None:
-        if own is None:
-            vars(module).pop(name, None)
-        else:
-            setattr(module, name, own)
-
-    return restore
+    while hasattr(model := without_engine(model), "get_base_model"):
+        model = model.get_base_model()
+    return model
 
 
 def find_decoder(model: nn.Module, decoder: str | nn.Module | None = None) -> nn.Module:

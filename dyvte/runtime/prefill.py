@@ -13,6 +13,7 @@ from dyvte.runtime.attention import AttentionCall
 from dyvte.runtime.decoder import DecoderSpec
 from dyvte.runtime.groups import Group, regroup, split
 from dyvte.runtime.pass_cache import PassCache
+from dyvte.runtime.placement import loaded
 from dyvte.runtime.prompt import Prompt
 from dyvte.runtime.reduction import LayerView, Reduction
 from dyvte.runtime.tokens import KeptTokens
@@ -85,11 +86,12 @@ class PromptPass:
         self._note()
         name, last = cache_name(given), index == self.spec.num_layers - 1
         output = None
-        for group in self.groups:
-            self.current = group
-            group.hidden = group.hidden.to(hidden.device)
-            output = forward(group.hidden, **self._arguments(index, group, given, name))
-            group.hidden = output[0] if isinstance(output, tuple) else output
+        with loaded(self.spec.layers[index], len(self.groups)):
+            for group in self.groups:
+                self.current = group
+                group.hidden = group.hidden.to(hidden.device)
+                output = forward(group.hidden, **self._arguments(index, group, given, name))
+                group.hidden = output[0] if isinstance(output, tuple) else output
         self.current = None
         self.cache.merge(index, self.groups)
         result = self._full() if last else self.groups[0].hidden

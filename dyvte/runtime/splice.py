@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dyvte.runtime.decoder import override, underlying_model
+from dyvte.runtime.decoder import underlying_model
+from dyvte.runtime.override import override
 
 
 class SplicedVisualMask:

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from dyvte.runtime.calls import VisualMask
-from dyvte.runtime.decoder import DecoderSpec, override, visual_tokens
+from dyvte.runtime.decoder import DecoderSpec, visual_tokens, without_engine
 from dyvte.runtime.engine import Engine
 from dyvte.runtime.groups import Group
+from dyvte.runtime.override import override
 from dyvte.runtime.prefill import PromptPass
 from dyvte.runtime.prompt import Prompt
 from dyvte.runtime.splice import SplicedVisualMask
@@ -70,9 +71,9 @@ def trace_batch(
 
     Args:
         model: any MLLM of transformers, or a decoder-only model fed with ``inputs_embeds``.
-        inputs: what the model takes, padded on either side. For a given answer: the answer's tokens in the sequence and
-            ``labels`` [batch, sequence], -100 everywhere else. Answer tokens never enter a text state. Without
-            ``labels`` agreement and NLL are those of the dense model's next token.
+        inputs: what the model takes (peft's ``adapter_names`` too), padded on either side. For a given answer: the
+            answer's tokens in the sequence and ``labels`` [batch, sequence], -100 everywhere else. Answer tokens never
+            enter a text state. Without ``labels`` agreement and NLL are those of the dense model's next token.
         visual_mask: as in :func:`dyvte.attach`.
         decoder: as in :func:`dyvte.attach`.
         exits: which exit layers to trace: a stride k (every k-th layer that the model allows, and the last before L),
@@ -102,12 +103,23 @@ def trace_batch(
             own = visual_mask.expand(own, -100)
         return TracePass(spec, prompt, hidden, cache, past, own, traced)
 
+    called = spec.model if inputs.get("adapter_names") is None else _adapted(model, spec)
     engine = Engine(spec, visual_mask, begin, passes.append)
     try:
-        logits = spec.model(**inputs, use_cache=False).logits
+        logits = called(**inputs, use_cache=False).logits
     finally:
         engine.remove()
     return passes[0].finish(logits)
+
+
+def _adapted(model: nn.Module, spec: DecoderSpec) -> nn.Module:
+    """The model within peft's wrapper, which gives every sample its adapter."""
+    if hasattr(spec.model.get_output_embeddings(), "_mixed_batch_forward"):
+        raise ValueError(
+            "adapter_names cannot be traced where the language-model head has adapters of its own: trace the samples "
+            "of each adapter by themselves, with set_adapter()"
+        )
+    return without_engine(model)
 
 
 def traced_exits(exits: int | Sequence[int] | None, spec: DecoderSpec) -> list[int]:
