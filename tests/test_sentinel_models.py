@@ -207,16 +207,17 @@ def test_forward(attention, side):
 
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:1]], ids=["batch", "one"])
-def test_generate(attention, rows, mode):
-    inputs, ids = spliced_inputs(rows)
+def test_generate(attention, rows, mode, side):
+    inputs, ids = spliced_inputs(rows, side)
     inputs["images"] = inputs["images"][: sum(row.count(SENTINEL) for row in rows)]
     if len(rows) == 1:
         inputs.pop("attention_mask")
-    visual, _ = expanded(rows)
+    visual, _ = expanded(rows, side)
     exits = torch.tensor([2, 4, 1])[: len(rows)]
     arguments = {"max_new_tokens": STEPS, "do_sample": False} | mode
-    eager, model = splice_model("eager"), splice_model(attention)
+    eager, model = splice_model("eager", side), splice_model(attention, side)
     with masked_visual_columns(eager, visual, exits):
         expected = eager.generate(ids, **inputs, **arguments)
     each = exits.repeat_interleave(mode.get("num_beams", 1))
@@ -283,10 +284,11 @@ def test_the_decoder_may_be_named():
 
 
 class NvilaStyle(SpliceModel):
-    """NVILA's ``_embed`` returns embeddings, labels and mask."""
+    """NVILA's ``_embed`` returns embeddings, labels and mask; it makes a mask where none is given."""
 
     def _embed(self, input_ids, media, media_config, labels, attention_mask):
-        out = self.prepare_inputs_labels_for_multimodal(input_ids, None, attention_mask, None, labels, media)
+        mask = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask
+        out = self.prepare_inputs_labels_for_multimodal(input_ids, None, mask, None, labels, media)
         return out[4], out[5], out[2]
 
     @torch.no_grad()
@@ -295,9 +297,14 @@ class NvilaStyle(SpliceModel):
         return LlamaForCausalLM.generate(self, inputs_embeds=embeds, attention_mask=mask, **kwargs)
 
 
-def test_another_splice_method():
+@pytest.mark.parametrize("masked", [True, False])
+def test_another_splice_method(masked):
     inputs, ids = spliced_inputs()
     given = {"input_ids": ids, "media": inputs["images"], "attention_mask": inputs["attention_mask"]}
+    rows, exits = ROWS, [2, 4, 1]
+    if not masked:  # of different lengths once the images are in
+        rows, exits = [[5, SENTINEL, 8], [11, 12, 13], [SENTINEL, SENTINEL, 4]], [2, 6, 1]
+        given = {"input_ids": torch.tensor(rows), "media": inputs["images"][:3]}
     models = []
     for attention in ("eager", "sdpa"):
         torch.manual_seed(0)
@@ -306,11 +313,15 @@ def test_another_splice_method():
         models.append(NvilaStyle(config).eval())
         models[-1].generation_config.eos_token_id = None
     eager, model = models
-    with masked_visual_columns(eager, expanded()[0], torch.tensor([2, 4, 1])):
-        expected = eager.generate(**given, max_new_tokens=STEPS)
     mask = SplicedVisualMask(model, "_embed", mask_at=2, labels_at=1)
-    with dyvte.visual_exit(model, dyvte.FixedExit([2, 4, 1]), mask):
+    dense = model.generate(**given, max_new_tokens=STEPS)
+    with dyvte.visual_exit(model, dyvte.NeverExit(), mask):
+        assert torch.equal(model.generate(**given, max_new_tokens=STEPS), dense)
+    with masked_visual_columns(eager, expanded(rows)[0], torch.tensor(exits)):
+        expected = eager.generate(**given, max_new_tokens=STEPS)
+    with dyvte.visual_exit(model, dyvte.FixedExit([2, 4, 1]), mask) as handle:
         assert model.generate(**given, max_new_tokens=STEPS).tolist() == expected.tolist()
+    assert handle.layers.tolist() == exits
 
 
 def test_however_layers_are_called(monkeypatch):

@@ -104,7 +104,7 @@ class PromptPass:
         """What a layer that ran for one group returns beside its states, as if for the whole batch."""
         if tensors(others):
             raise ValueError(
-                f"decoder layer {index} of {type(self.spec.model).__name__} returns tensors beside its states (its keys "
+                f"decoder layer {index} of {type(self.spec.model).__name__} returns tensors beside its states (keys "
                 "and values, in old code), which cannot be put together for samples that hold different tokens: call "
                 "the model with use_cache=False, or without the exit"
             )
