@@ -127,7 +127,7 @@ class SpliceModel(LlamaForCausalLM):
     @torch.no_grad()
     def generate(self, inputs=None, images=None, **kwargs):
         if images is None:
-            return super().generate(inputs, **kwargs)
+            return super().generate(inputs_embeds=self.model.embed_tokens(inputs), **kwargs)
         _, positions, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
             inputs, kwargs.pop("position_ids", None), kwargs.pop("attention_mask", None), None, None, images
         )
@@ -237,6 +237,9 @@ def test_several_calls_of_one_handle():
     model = splice_model()
     inputs, ids = spliced_inputs()
     words = torch.tensor([[5, 6, 7, 8]])
+    long = torch.arange(3, 3 + expanded()[0].shape[1]).repeat(len(ROWS), 1)  # as long as the images were
+    with torch.no_grad():
+        dense_long = model(inputs_embeds=model.model.embed_tokens(long)).logits
     arguments = {"max_new_tokens": STEPS, "do_sample": False}
     dense = model.generate(words, **arguments)
     handle = dyvte.attach(model, dyvte.FixedExit(2), SplicedVisualMask(model))
@@ -245,7 +248,12 @@ def test_several_calls_of_one_handle():
     assert model.generate(words, **arguments).tolist() != first.tolist()
     with torch.no_grad():
         model(input_ids=words)
-    assert handle.layers.tolist() == [6]
+        assert handle.layers.tolist() == [6]
+        model(input_ids=ids, **inputs)
+        with pytest.raises(ValueError, match="was not called"):
+            model(inputs_embeds=model.model.embed_tokens(long))
+    assert model.generate(long, max_new_tokens=1)[:, 0].tolist() == dense_long[:, -1].argmax(-1).tolist()
+    assert handle.layers.tolist() == [6] * len(ROWS)
     assert model.generate(words, **arguments).tolist() == dense.tolist()
     assert model.generate(ids, **inputs, **arguments).tolist() == first.tolist()
     handle.detach()
