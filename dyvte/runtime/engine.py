@@ -113,6 +113,8 @@ class Engine:
                     self.calls.frames.pop()
                     if outermost:
                         self._end()  # nothing of a call outlives it, also where it failed half-way
+                    if not self.calls.frames and isinstance(self.calls.visual_mask, SplicedVisualMask):
+                        self.calls.visual_mask.forget()
 
         return Override(forward, called)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from dyvte.runtime.arguments import MASK, SHARED_STATES, compact_argument
+from dyvte.runtime.arguments import LENGTHS, MASK, SHARED_STATES, compact_argument
 from dyvte.runtime.cache import group_cache
 from dyvte.runtime.decoder import DecoderSpec, LayerKind
 from dyvte.runtime.masks import check_mask, compact_mask, continued_mask, select_mask
@@ -130,6 +130,8 @@ class Group:
                 )
             elif name == SHARED_STATES:
                 fitted[name] = self._shared_states(value)
+            elif name in LENGTHS:
+                fitted[name] = None
             elif name == "position_ids" and flash and not self.whole:
                 fitted[name] = None  # gaps would read as several packed sequences; rotations are applied already
             else:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from dyvte.runtime.arguments import cache_name, check_arguments
+from dyvte.runtime.arguments import cache_name, check_arguments, tensors
 from dyvte.runtime.attention import AttentionCall
 from dyvte.runtime.decoder import DecoderSpec
 from dyvte.runtime.groups import Group, regroup, split
@@ -85,20 +85,32 @@ class PromptPass:
         self.attention.clear()
         self._note()
         name, last = cache_name(given), index == self.spec.num_layers - 1
-        output = None
+        others: tuple | None = None  # what the layer returns beside its states
         with loaded(self.spec.layers[index], len(self.groups)):
             for group in self.groups:
                 self.current = group
                 group.hidden = group.hidden.to(hidden.device)
                 output = forward(group.hidden, **self._arguments(index, group, given, name))
-                group.hidden = output[0] if isinstance(output, tuple) else output
+                group.hidden, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+                if others and not self.cache.serves(index, group):
+                    others = self._other_outputs(index, group, others)
         self.current = None
         self.cache.merge(index, self.groups)
         result = self._full() if last else self.groups[0].hidden
         if last and not self._dense:
             self._check_finite(result)
-        self._returned, self.returns_tuple = result, isinstance(output, tuple)
-        return (result, *output[1:]) if isinstance(output, tuple) else result
+        self._returned, self.returns_tuple = result, others is not None
+        return result if others is None else (result, *others)
+
+    def _other_outputs(self, index: int, group: Group, others: tuple) -> tuple:
+        """What a layer that ran for one group returns beside its states, as if for the whole batch."""
+        if tensors(others):
+            raise ValueError(
+                f"decoder layer {index} of {type(self.spec.model).__name__} returns tensors beside its states (keys "
+                "and values, in old code), which cannot be put together for samples that hold different tokens: call "
+                "the model with use_cache=False, or without the exit"
+            )
+        return tuple(self.cache.cache if other is group.cache else other for other in others)
 
     def _arguments(self, index: int, group: Group, given: dict[str, Any], name: str | None) -> dict[str, Any]:
         if self.cache.serves(index, group):
