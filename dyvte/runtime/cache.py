@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from dyvte.runtime.compat import CROP_TAKES_LENGTH, PreTrainedConfig, causal_mask
-from dyvte.runtime.decoder import LayerKind
+from dyvte.runtime.kinds import LayerKind
 from dyvte.runtime.masks import Mask, additive
 from dyvte.runtime.tokens import KeptTokens
 

@@ -13,43 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dyvte.runtime.compat import PreTrainedConfig, layer_types
+from dyvte.runtime.arguments import SHARED_STATES
+from dyvte.runtime.compat import PreTrainedConfig
+from dyvte.runtime.kinds import LayerKind, layer_kinds
 
 VISUAL_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 DECODER_NAMES = ("language_model", "text_model", "llm", "decoder", "model")
-LINEAR = ("linear_attention", "conv", "mamba", "short_conv")
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """How a decoder layer mixes tokens.
-
-    Attributes:
-        name: "full_attention", "sliding_attention", "chunked_attention", "linear_attention" (any recurrent or
-            convolutional layer), or "tokenwise" (none at all).
-        span: tokens of the window or chunk.
-    """
-
-    name: str
-    span: int | None = None
-
-    @property
-    def attends(self) -> bool:
-        return self.name not in ("linear_attention", "tokenwise")
-
-    def reaches(self, query: torch.Tensor, key: torch.Tensor, start: torch.Tensor | int) -> torch.Tensor | None:
-        """Which keys lie in the span of a query, by their columns in the full sequence; None: all before it.
-
-        Args:
-            query: long, columns of the queries.
-            key: long, columns of the keys; broadcasts with ``query``.
-            start: the first column that is not padding, from which chunks are counted.
-        """
-        if self.name == "sliding_attention" and self.span is not None:
-            return key > query - self.span
-        if self.name == "chunked_attention":
-            return (key - start) // self.span == (query - start) // self.span
-        return None
 
 
 @dataclass(frozen=True)
@@ -194,11 +163,21 @@ def _named_decoder(model: nn.Module, decoder: str | nn.Module) -> nn.Module:
 
 
 def _check_layers(decoder: nn.Module) -> nn.Module:
+    if "decoder_input_ids" in inspect.signature(decoder.forward).parameters:
+        raise ValueError(
+            f"{type(decoder).__name__} is given tokens of its own beside the prompt (decoder_input_ids), which goes "
+            "through other layers: use the model without the exit"
+        )
+    found = [name for name, module in decoder.named_children() if "cross_attn" in name and len(list(module.children()))]
     for index, layer in enumerate(decoder.layers):
-        if "cross_attention_states" in inspect.signature(layer.forward).parameters:
+        names = inspect.signature(layer.forward).parameters
+        found += [
+            n for n in names if n == "cross_attention_states" or (n.endswith("_kv_states") and n != SHARED_STATES)
+        ]
+        if found:
             raise ValueError(
-                f"decoder layer {index} of {type(decoder).__name__} sees images through cross attention, so there are "
-                "no visual tokens to withdraw: use the model without the exit"
+                f"decoder layer {index} of {type(decoder).__name__} sees images through cross attention ({found[0]}): "
+                "there are no visual tokens to withdraw, use the model without the exit"
             )
     return decoder
 
@@ -210,27 +189,6 @@ def _refuse_compiled(*modules: nn.Module) -> None:
             "a compiled model cannot drop tokens between its layers: attach to the model as it was before "
             "torch.compile() (its _orig_mod)"
         )
-
-
-def layer_kinds(config: PreTrainedConfig, num_layers: int) -> tuple[LayerKind, ...]:
-    """How every decoder layer mixes tokens.
-
-    Raises:
-        ValueError: a layer is of a kind from which tokens cannot be withdrawn.
-    """
-    kinds = []
-    for index, (name, span) in enumerate(layer_types(config)[:num_layers]):
-        if name in LINEAR:
-            kinds.append(LayerKind("linear_attention"))
-        elif name in ("full_attention", "sliding_attention", "chunked_attention"):
-            kinds.append(LayerKind(name, span))
-        else:
-            why = {"dummy": "it has no keys and values of its own"}.get(name, "it is not known how it mixes tokens")
-            raise ValueError(
-                f"decoder layer {index} is a {name!r} layer, and visual tokens cannot be withdrawn from it: {why}. "
-                "Use a model whose decoder layers are full, sliding, chunked or linear attention"
-            )
-    return tuple(kinds + [LayerKind("full_attention")] * (num_layers - len(kinds)))
 
 
 def smallest_exit(model: nn.Module, decoder: nn.Module) -> int:

@@ -188,7 +188,7 @@ class Engine:
 
     def _run_layer(self, index: int, layer: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         hidden, given = layer_call(layer, args, kwargs)
-        if index == 0:
+        if index == 0 and self.run is None:
             self._start(hidden, given)
         if self.run is None:
             return self._decode(index, forward, hidden, given)

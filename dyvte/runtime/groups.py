@@ -11,7 +11,8 @@ from transformers import Cache
 
 from dyvte.runtime.arguments import MASK, SHARED_STATES, compact_argument
 from dyvte.runtime.cache import group_cache
-from dyvte.runtime.decoder import DecoderSpec, LayerKind
+from dyvte.runtime.decoder import DecoderSpec
+from dyvte.runtime.kinds import LayerKind
 from dyvte.runtime.masks import check_mask, compact_mask, continued_mask, select_mask
 from dyvte.runtime.prompt import Prompt, TextReader
 from dyvte.runtime.tokens import KeptTokens

@@ -79,6 +79,11 @@ class PromptPass:
             hidden: as the model hands them on: those of the first group.
             given: the layer's other arguments, as for the whole batch.
         """
+        if index != len(self.counts):
+            raise ValueError(
+                f"{type(self.spec.decoder).__name__} runs decoder layer {index} after {len(self.counts)} others: "
+                "tokens can be withdrawn only where every layer runs once, in order. Use the model without the exit"
+            )
         self._receive(index, hidden)
         self._reduce(index)
         self.attention.clear()
