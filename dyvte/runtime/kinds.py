@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from dyvte.runtime.compat import PreTrainedConfig, layer_types
+from dyvte.runtime.compat import TOKENWISE, PreTrainedConfig, layer_types
 
 LINEAR = ("linear_attention", "conv", "mamba", "short_conv")
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
-TOKENWISE = ("mlp", "moe")
 _SEARCH = "searches the keys by their columns in its cache, and columns shift once tokens are gone"
 REFUSED = {
+    "dummy": "it has no keys and values of its own, and the config does not say whose it reads",
     "indexed_attention": f"an indexer {_SEARCH}",
     "minimax_m3_sparse": f"an indexer {_SEARCH}, in blocks of a fixed size",
     **dict.fromkeys(
@@ -32,10 +32,17 @@ class LayerKind:
         name: "full_attention", "sliding_attention", "chunked_attention", "linear_attention" (any recurrent or
             convolutional layer), or "tokenwise" (none at all).
         span: tokens of the window or chunk.
+        source: the layer whose keys and values it reads, as that one wrote them in the same pass; None: its own.
     """
 
     name: str
     span: int | None = None
+    source: int | None = None
+
+    @property
+    def caches(self) -> bool:
+        """Whether the layer writes to the cache."""
+        return self.name != "tokenwise" and self.source is None
 
     @property
     def attends(self) -> bool:
@@ -62,9 +69,13 @@ def layer_kinds(config: PreTrainedConfig, num_layers: int) -> tuple[LayerKind, .
     Raises:
         ValueError: a layer is of a kind from which tokens cannot be withdrawn.
     """
-    kinds = []
-    for index, (name, span) in enumerate(layer_types(config)[:num_layers]):
-        if name in LINEAR:
+    kinds: list[LayerKind] = []
+    types, sources = layer_types(config), key_sources(config)
+    for index in range(num_layers):
+        name, span = types[index] if index < len(types) else ("full_attention", None)
+        if index in sources:
+            kinds.append(replace(kinds[sources[index]], source=sources[index]))
+        elif name in LINEAR:
             kinds.append(LayerKind("linear_attention"))
         elif name in TOKENWISE:
             kinds.append(LayerKind("tokenwise"))
@@ -76,4 +87,19 @@ def layer_kinds(config: PreTrainedConfig, num_layers: int) -> tuple[LayerKind, .
                 f"{REFUSED.get(name, 'it is not known how it mixes tokens')}. Use a model whose decoder layers are "
                 "full, sliding, chunked or linear attention"
             )
-    return tuple(kinds + [LayerKind("full_attention")] * (num_layers - len(kinds)))
+    return tuple(kinds)
+
+
+def key_sources(config: PreTrainedConfig) -> dict[int, int]:
+    """The layers that read the keys and values of an earlier one, and of which: the last of their type with its own."""
+    modes, types = getattr(config, "kv_sharing_modes", None), getattr(config, "layer_types", None) or ()
+    if modes is None:
+        shared = getattr(config, "num_kv_shared_layers", None) or 0
+        modes = ["store"] * (len(types) - shared) + ["reuse"] * shared
+    sources, stored = {}, {}
+    for index, (mode, name) in enumerate(zip(modes, types)):
+        if mode == "reuse" and name in stored:
+            sources[index] = stored[name]
+        elif mode == "store":
+            stored[name] = index
+    return sources
