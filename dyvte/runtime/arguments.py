@@ -32,6 +32,7 @@ DIMENSIONS = {
     "visual_pos_masks": (-2, -1),
     "token_type_ids": (-2, -1),
     "mm_token_type_ids": (-2, -1),
+    "moe_mm_token_type_ids": (-2, -1),
 }
 
 
