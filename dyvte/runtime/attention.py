@@ -136,12 +136,16 @@ class AttentionCall:
 
     def paid(self, queries: torch.Tensor) -> torch.Tensor:
         """What the marked tokens attend to, mean over heads and summed over them: bool -> float32 [n, width]."""
+        return self.paid_to_all(queries)[:, -queries.shape[1] :]
+
+    def paid_to_all(self, queries: torch.Tensor) -> torch.Tensor:
+        """Like :meth:`paid`, keys of earlier calls included and first: float32 [n, keys]."""
         columns = KeptTokens.from_mask(queries)
         read = AttentionRows(self.attention, self.arguments, columns, self.before)
         read.check(self.output, columns)
         asked = columns.valid.to(read.query.device, torch.float32)
         paid = [torch.einsum("nq,nhqk->nk", asked, weights) for weights in read]
-        return sum(paid[1:], paid[0])[:, -queries.shape[1] :] / read.query.shape[1]
+        return sum(paid[1:], paid[0]) / read.query.shape[1]
 
 
 _REMEDY = "Only modules with q_proj, k_proj, v_proj, o_proj and rotary positions can be read"

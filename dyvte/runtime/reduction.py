@@ -78,6 +78,13 @@ class LayerView:
         last = tail.index[self.samples.to(tail.index.device), -1:].to(tokens.index.device)
         return (tokens.index == last) & tokens.valid
 
+    def after_image(self) -> torch.Tensor:
+        """bool [n, width], the text tokens of each prompt after its last visual token, answers left out."""
+        tail = self.prompt.tail
+        grid = torch.zeros_like(self.prompt.visual)
+        grid.scatter_(1, tail.index.to(grid.device), tail.valid.to(grid.device))
+        return self.tokens.gather(grid, self.samples) & self.tokens.valid.to(grid.device)
+
     def attention_from(self, queries: torch.Tensor) -> torch.Tensor:
         """What some tokens attend to in the last layer that ran: float32 [n, width].
 
