@@ -9,6 +9,7 @@ from test_pruning import RAGGED, STEPS, generate, greedy
 
 import dyvte
 from dyvte import FixedExit, reduce_tokens
+from dyvte.methods import sgl
 from dyvte.methods.himap import HiMAP
 
 EXITS = [[LAYERS] * 4, [3, 5, 6, 4], [1, 4, 2, 6]]
@@ -98,3 +99,93 @@ def test_himap_refuses_layers_that_do_not_ascend():
             HiMAP(layers)
     with pytest.raises(ValueError, match="outside 0 ... 6"):
         dyvte.attach(tiny_llava(), HiMAP())
+
+
+def importance_by_definition(inputs, inclusive, ends=None):
+    """Sums over the maps of one eager pass over prompt and answer, loop by loop."""
+    model, width = tiny_llava("eager"), inputs["input_ids"].shape[1]
+    visual, valid = inputs["input_ids"] == IMAGE_ID, inputs["attention_mask"].bool()
+    ids, _ = greedy(model, inputs, torch.full(visual.shape, NEVER))
+    longer = inputs | {
+        "input_ids": torch.cat([inputs["input_ids"], ids], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(ids)], 1),
+    }
+    longer["position_ids"] = (longer["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    maps = eager_maps(model, longer)
+    expected = torch.zeros(visual.shape)
+    for sample in range(len(visual)):
+        answer = ids[sample].tolist()
+        fed = answer.index(ends) if ends in answer else STEPS - 1  # the last token is never fed
+        last = max(visual[sample].nonzero().flatten().tolist())
+        rows = [r for r in range(last + (not inclusive), width) if valid[sample, r]]
+        rows += range(width, width + fed)
+        for layer in maps:
+            expected[sample] += layer[sample][:, rows, :width].sum((0, 1))
+    return expected.where(visual, 0), ids
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("inclusive", [True, False])
+def test_importance_is_the_attention_of_a_whole_answer(inclusive, attention):
+    inputs = batch_of(*RAGGED)
+    expected, ids = importance_by_definition(inputs, inclusive)
+    found = sgl.importance(tiny_llava(attention), inputs, max_new_tokens=STEPS, inclusive=inclusive)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    end = int(ids[0, 1])  # this sample's answer ends while others go on
+    model = tiny_llava(attention)
+    model.generation_config.eos_token_id = end
+    found = sgl.importance(model, inputs, max_new_tokens=STEPS, inclusive=inclusive)
+    torch.testing.assert_close(found, importance_by_definition(inputs, inclusive, end)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_importance_where_layers_see_a_window():
+    from families import FAMILIES
+
+    family = FAMILIES["mistral3_sliding"]
+    inputs = family.batch([3, "image", 5], [1, "image", 9])
+    found = sgl.importance(family.build(), inputs, max_new_tokens=1)
+    with torch.no_grad():
+        maps = family.build("eager")(**inputs, output_attentions=True, use_cache=False).attentions
+    expected = sgl.aggregate(maps, [], family.visual(inputs), inputs["attention_mask"].bool())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    longer = sgl.importance(family.build(), inputs, max_new_tokens=4)
+    assert bool((longer >= found - 1e-6).all()) and longer.shape == found.shape
+
+
+@pytest.mark.parametrize("exits", EXITS)
+@pytest.mark.parametrize("layer, keep", [(0, 0.5), (2, 0.3), (4, 0.05)])
+def test_sgl(layer, keep, exits):
+    inputs = batch_of(*RAGGED)
+    visual = inputs["input_ids"] == IMAGE_ID
+    scores = sgl.importance(tiny_llava(seed=1), inputs, max_new_tokens=3)
+    gone = torch.full(visual.shape, NEVER)
+    for sample in range(len(visual)):
+        columns = {c: float(scores[sample, c]) for c in visual[sample].nonzero().flatten().tolist()}
+        for column in set(columns) - best(columns, half_up(keep, len(columns))):
+            gone[sample, column] = layer
+    equals_definition(sgl.SGL(layer, keep, scores), gone, exits, inputs)
+
+
+def test_scores_of_another_tokenizer_go_along_by_visual_token():
+    scores, visual = torch.rand(2, 5), torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]], dtype=torch.bool)
+    target = torch.tensor([[0, 0, 0, 1, 0, 1], [1, 1, 0, 0, 0, 0]], dtype=torch.bool)
+    moved = sgl.transfer(scores, visual, target)
+    expected = torch.zeros(2, 6)
+    expected[0, 3], expected[0, 5], expected[1, 0], expected[1, 1] = (
+        scores[0, 1],
+        scores[0, 2],
+        scores[1, 0],
+        scores[1, 4],
+    )
+    assert torch.equal(moved, expected)
+    with pytest.raises(ValueError, match="same tokens"):
+        sgl.transfer(scores, visual, ~target)
+
+
+def test_sgl_refuses_scores_of_other_prompts():
+    inputs, model = batch_of(*RAGGED[:2]), tiny_llava()
+    for scores, match in ((torch.rand(2, 9), "prompts of 9 tokens"), (torch.rand(3, 26), "scores of 3 samples")):
+        with pytest.raises(ValueError, match=match), reduce_tokens(model, sgl.SGL(2, 0.5, scores)):
+            model(**inputs)
+    with pytest.raises(ValueError, match="finite"):
+        sgl.SGL(2, 0.5, torch.full((1, 3), torch.nan))
