@@ -17,6 +17,7 @@ from dyvte.runtime.decoder import DecoderSpec
 from dyvte.runtime.engine import Engine
 from dyvte.runtime.prefill import PromptPass
 from dyvte.runtime.reduction import Reduction, as_reduction
+from dyvte.runtime.vision import VisionTower
 
 RECORDED = 4096  # prompts
 
@@ -148,14 +149,19 @@ class Handle:
             if part.reads_attention
             for layer in (part.layers if part.layers is not None else range(1, self.spec.num_layers))
         }
+        seen = [part.reads_vision for part in method.parts() if part.reads_vision is not None]
+        tower = VisionTower(self.spec.model) if seen else None
         self._told = threading.local()
         self._engine = Engine(
             self.spec, visual_mask, self._begin, self._finish, method.check_rows, tuple(sorted(read - {-1}))
         )
+        self._vision = tower.watch(seen) if tower is not None else None
 
     def detach(self) -> None:
         """The model is as it was. Caches filled meanwhile are not usable without the method."""
         self._engine.remove()
+        if self._vision is not None:
+            self._vision.remove()
 
     @property
     def num_layers(self) -> int:
@@ -204,6 +210,7 @@ class Handle:
 
     def _begin(self, prompt: Any, hidden: torch.Tensor, cache: Any, past: torch.Tensor) -> PromptPass:
         run = PromptPass(self.spec, prompt, hidden, cache, past)
+        run.vision = self._vision.take() if self._vision is not None else None
         run.start(self.method)
         return run
 

@@ -14,9 +14,11 @@ from dyvte.runtime.decoder import DecoderSpec
 from dyvte.runtime.groups import Group, regroup, split
 from dyvte.runtime.pass_cache import PassCache
 from dyvte.runtime.prompt import Prompt
-from dyvte.runtime.reduction import LayerView, Reduction
+from dyvte.runtime.reduction import Reduction
 from dyvte.runtime.tokens import KeptTokens
 from dyvte.runtime.verdict import Verdict, not_finite
+from dyvte.runtime.view import LayerView
+from dyvte.runtime.vision import VisionAttention
 
 
 class PromptPass:
@@ -46,6 +48,7 @@ class PromptPass:
         self.exits = torch.full((self.batch,), spec.num_layers)
         self.current: Group | None = None  # the one whose layer is running
         self.attention: dict[int, AttentionCall] = {}  # by group, of the layer that ran last
+        self.vision: VisionAttention | None = None
         self.counts: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         self.kept: list[list[tuple[torch.Tensor, KeptTokens]]] = []
         self._reductions: list[Reduction] = []
@@ -114,7 +117,7 @@ class PromptPass:
     def release(self) -> None:
         """Lets go of states and caches; what was kept where stays known."""
         self.groups, self.attention, self._reductions, self._verdicts = [], {}, [], {}
-        self.cache, self._returned = None, None
+        self.cache, self.vision, self._returned = None, None, None
 
     def _receive(self, index: int, hidden: torch.Tensor) -> None:
         group, before = self.groups[0], self._returned
@@ -162,7 +165,7 @@ class PromptPass:
         places = self._places(group, reduction)
         if len(places) == 0:
             return
-        view = LayerView(group, places, layer, self.spec, self.attention.get(id(group)))
+        view = LayerView(group, places, layer, self.spec, self.attention.get(id(group)), self.vision)
         keep = reduction.select(view)
         if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.shape != view.visual.shape:
             raise ValueError(f"{type(reduction).__name__}.select() must return bool {list(view.visual.shape)}")
