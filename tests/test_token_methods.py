@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import IMAGE_ID, LAYERS, batch_of, tiny_llava
-from test_pruning import RAGGED, STEPS, generate, greedy
+from families import FAMILIES
+from models import IMAGE_ID, LAYERS, PATCHES, batch_of, tiny_llava
+from test_pruning import RAGGED, STEPS, generate, greedy, masked_columns
+from transformers import LlavaForConditionalGeneration
 
 import dyvte
 from dyvte import FixedExit, reduce_tokens
 from dyvte.methods import sgl
+from dyvte.methods.divprune import DivPrune
+from dyvte.methods.fopru import FoPru
 from dyvte.methods.himap import HiMAP
+from dyvte.methods.image_text_interaction import ImageTextInteraction
+from dyvte.methods.vtc_cls import VTCCLS
 
 EXITS = [[LAYERS] * 4, [3, 5, 6, 4], [1, 4, 2, 6]]
 NEVER = LAYERS + 1
@@ -19,8 +25,6 @@ NEVER = LAYERS + 1
 @torch.no_grad()
 def eager_maps(model, inputs, gone_from=None):
     """The attention of every layer, [batch, heads, s, s], with some columns gone."""
-    from test_pruning import masked_columns
-
     gone_from = torch.full(inputs["input_ids"].shape, NEVER) if gone_from is None else gone_from
     with masked_columns(model, gone_from):
         return model(**inputs, output_attentions=True, use_cache=False).attentions
@@ -139,8 +143,6 @@ def test_importance_is_the_attention_of_a_whole_answer(inclusive, attention):
 
 
 def test_importance_where_layers_see_a_window():
-    from families import FAMILIES
-
     family = FAMILIES["mistral3_sliding"]
     inputs = family.batch([3, "image", 5], [1, "image", 9])
     found = sgl.importance(family.build(), inputs, max_new_tokens=1)
@@ -189,3 +191,128 @@ def test_sgl_refuses_scores_of_other_prompts():
             model(**inputs)
     with pytest.raises(ValueError, match="finite"):
         sgl.SGL(2, 0.5, torch.full((1, 3), torch.nan))
+
+
+@torch.no_grad()
+def vision_maps(inputs):
+    """The attention of every vision layer, [images, heads, tokens, tokens], the CLS token first."""
+    return tiny_llava("eager").model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions
+
+
+def chosen_by_image(inputs, chosen: list[set[int]]) -> torch.Tensor:
+    """bool [batch, sequence] from the patches kept of each image, images in the order of the batch."""
+    visual = inputs["input_ids"] == IMAGE_ID
+    keep = torch.zeros_like(visual)
+    for number, (row, column) in enumerate(visual.nonzero().tolist()):
+        keep[row, column] = number % PATCHES in chosen[number // PATCHES]
+    return keep
+
+
+@pytest.mark.parametrize("exits", EXITS)
+@pytest.mark.parametrize("keep", [0.5, 0.1])
+def test_vtc_cls(keep, exits):
+    inputs = batch_of(*RAGGED)
+    chosen = []
+    for image in vision_maps(inputs)[-2]:
+        scores = {patch: float(image[:, 0, 1 + patch].mean()) for patch in range(PATCHES)}
+        chosen.append(best(scores, half_up(keep, PATCHES)))
+    visual, kept = inputs["input_ids"] == IMAGE_ID, chosen_by_image(inputs, chosen)
+    gone = torch.where(visual & ~kept, 0, NEVER)
+    for start in (0, -2):  # of two layers, one counts
+        equals_definition(VTCCLS(keep, start), gone, exits, inputs)
+
+
+def test_vtc_cls_sums_layers():
+    torch.manual_seed(0)
+    config = tiny_llava("eager").config
+    config.vision_config.num_hidden_layers = 4
+    model = LlavaForConditionalGeneration(config).eval()
+    inputs = batch_of(*RAGGED[:2])
+    with torch.no_grad():
+        maps = model.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions
+        with reduce_tokens(model, VTCCLS(0.25, 1)) as handle:
+            model(**inputs)
+    for row in range(2):
+        scores = {p: sum(float(maps[i][row, :, 0, 1 + p].mean()) for i in (1, 2)) for p in range(PATCHES)}
+        columns = (inputs["input_ids"][row] == IMAGE_ID).nonzero().flatten()
+        assert handle.kept(0)[row, columns].nonzero().flatten().tolist() == sorted(best(scores, 4))
+
+
+@pytest.mark.parametrize("exits", EXITS)
+@pytest.mark.parametrize("by", ["rank", "row"])
+def test_fopru(by, exits):
+    inputs, side = batch_of(*RAGGED), 4
+    chosen = []
+    for image in vision_maps(inputs)[-2]:
+        columns = image.mean(0).sum(0)[1:].tolist()
+        if by == "rank":
+            chosen.append(best(dict(enumerate(columns)), half_up(0.3, PATCHES)))
+        else:
+            rows = best({r: sum(columns[r * side : r * side + side]) for r in range(side)}, 2)  # 5 patches: two rows
+            chosen.append({r * side + c for r in rows for c in range(side)})
+    visual, kept = inputs["input_ids"] == IMAGE_ID, chosen_by_image(inputs, chosen)
+    equals_definition(FoPru(0.3, by), torch.where(visual & ~kept, 0, NEVER), exits, inputs)
+
+
+def head_of_curve(scores: dict[int, float]) -> set[int]:
+    """What lies before the point of the sorted curve farthest below its chord."""
+    order = sorted(scores, key=lambda column: (-scores[column], column))
+    first, last, n = scores[order[0]], scores[order[-1]], len(order)
+    below = [first + (last - first) * i / max(n - 1, 1) - scores[c] for i, c in enumerate(order)]
+    deepest = max(range(n), key=lambda i: (below[i], -i))
+    return set(order[:deepest]) if below[deepest] > 1e-9 else set(order)
+
+
+@pytest.mark.parametrize("exits", EXITS)
+def test_image_text_interaction(exits):
+    inputs, layer = batch_of(*RAGGED), 2
+    images = [dict(enumerate(image[:, 0, 1:].mean(0).tolist())) for image in vision_maps(inputs)[-2]]
+    visual, valid = inputs["input_ids"] == IMAGE_ID, inputs["attention_mask"].bool()
+    kept = chosen_by_image(inputs, [head_of_curve(scores) for scores in images])
+    gone = torch.where(visual & ~kept, 0, NEVER)
+    maps = eager_maps(tiny_llava("eager"), inputs, gone)[layer - 1].mean(1)
+    for sample in range(len(visual)):
+        last = max(visual[sample].nonzero().flatten().tolist())
+        rows = [r for r in range(last + 1, maps.shape[1]) if valid[sample, r]]
+        columns = kept[sample].nonzero().flatten().tolist()
+        stay = head_of_curve({c: float(maps[sample, rows, c].sum()) for c in columns})
+        for column in set(columns) - stay:
+            gone[sample, column] = layer
+    equals_definition(ImageTextInteraction(layer), gone, exits, inputs)
+
+
+@pytest.mark.parametrize(
+    "family, method, match",
+    [
+        ("internvl", FoPru(0.5), "merges patches"),
+        ("llava_onevision", VTCCLS(0.5), "no CLS token"),
+        ("llava_next", VTCCLS(0.5), "one visual|merges patches or adds tokens"),
+        ("mistral3", FoPru(0.5), "recomputed outputs are off"),
+        ("qwen2_vl", FoPru(0.5), "no attention with q_proj"),
+        ("qwen3_vl", DivPrune(0.5), "layer 0 is outside 2"),
+    ],
+)
+def test_towers_that_cannot_be_asked_are_refused(family, method, match):
+    family = FAMILIES[family]
+    model, inputs = family.build(), family.batch([3, "image", 5])
+    with torch.no_grad(), pytest.raises(ValueError, match=match), reduce_tokens(model, method):
+        model(**inputs)
+
+
+def test_a_tower_that_did_not_run_is_refused():
+    model, inputs = tiny_llava(), batch_of(*RAGGED[:1])
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+    given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+    visual = inputs["input_ids"] == IMAGE_ID
+    with pytest.raises(ValueError, match="did not run"), reduce_tokens(model, VTCCLS(0.5), visual_mask=visual):
+        model(**given)
+
+
+def test_the_tower_is_left_as_it_was():
+    model = tiny_llava()
+    generate(model, batch_of(*RAGGED[:1]))  # transformers sets hooks of its own at the first call
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    with reduce_tokens(model, VTCCLS(0.5)):
+        generate(model, batch_of(*RAGGED[:1]))
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
