@@ -84,14 +84,16 @@ def greedy(model, inputs, gone_from, steps=STEPS):
             position = (mask.cumsum(1) - 1).clamp(min=0)
             given = inputs | {"input_ids": ids, "attention_mask": mask, "position_ids": position}
             logits.append(model(**given, use_cache=False).logits[:, -1])
-            chosen.append(logits[-1].argmax(-1))
+            words = logits[-1].clone()
+            words[:, IMAGE_ID] = -torch.inf  # without a cache the model would look for its pixels
+            chosen.append(words.argmax(-1))
             ids = torch.cat([ids, chosen[-1][:, None]], 1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return torch.stack(chosen, 1), logits
 
 
 def generate(model, inputs, **more):
-    settings = {"max_new_tokens": STEPS, "do_sample": False} | more
+    settings = {"max_new_tokens": STEPS, "do_sample": False, "suppress_tokens": [IMAGE_ID]} | more
     with torch.no_grad():
         return model.generate(**inputs, **settings)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from families import FAMILIES
-from models import IMAGE_ID, LAYERS, PATCHES, batch_of, tiny_llava
+from models import IMAGE_ID, LAYERS, PATCHES, batch_of, tiny_llama, tiny_llava
+from test_methods_folder import slow as fold_lists
 from test_pruning import RAGGED, STEPS, generate, greedy, masked_columns
 from transformers import LlavaForConditionalGeneration
 
@@ -13,9 +14,12 @@ import dyvte
 from dyvte import FixedExit, reduce_tokens
 from dyvte.methods import sgl
 from dyvte.methods.divprune import DivPrune
+from dyvte.methods.downsample import Downsample
+from dyvte.methods.folder import Folder
 from dyvte.methods.fopru import FoPru
 from dyvte.methods.himap import HiMAP
 from dyvte.methods.image_text_interaction import ImageTextInteraction
+from dyvte.methods.par import PAR
 from dyvte.methods.vtc_cls import VTCCLS
 
 EXITS = [[LAYERS] * 4, [3, 5, 6, 4], [1, 4, 2, 6]]
@@ -316,3 +320,133 @@ def test_the_tower_is_left_as_it_was():
     with reduce_tokens(model, VTCCLS(0.5)):
         generate(model, batch_of(*RAGGED[:1]))
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+@torch.no_grad()
+def embeddings(inputs) -> torch.Tensor:
+    """What enters the decoder."""
+    found = []
+    model = tiny_llava("eager")
+    layer = model.model.language_model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda module, args: found.append(args[0].clone()))
+    model(**inputs, use_cache=False)
+    hook.remove()
+    return found[0]
+
+
+def cosine(a, b) -> float:
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+
+
+@pytest.mark.parametrize("exits", EXITS)
+@pytest.mark.parametrize("keep", [0.4, 0.05])
+def test_divprune(keep, exits):
+    inputs = batch_of(*RAGGED)
+    states, visual = embeddings(inputs), inputs["input_ids"] == IMAGE_ID
+    gone = torch.full(visual.shape, NEVER)
+    for sample in range(len(visual)):
+        columns, kept = visual[sample].nonzero().flatten().tolist(), []
+        apart = {(a, b): 1 - cosine(states[sample, a], states[sample, b]) for a in columns for b in columns if a != b}
+        while len(kept) < half_up(keep, len(columns)):
+            others = kept or columns
+            nearest = {a: min(apart[a, b] for b in others if b != a) for a in columns if a not in kept}
+            kept.append(max(nearest, key=lambda a: (nearest[a], -a)))
+        gone[sample, [c for c in columns if c not in kept]] = 0
+    equals_definition(DivPrune(keep), gone, exits, inputs)
+
+
+@pytest.mark.parametrize("exits", EXITS)
+@pytest.mark.parametrize("keep, threshold, share", [(0.5, 0.3, 0.5), (0.8, 0.1, 0.2), (0.3, 0.9, 1)])
+def test_par(keep, threshold, share, exits):
+    inputs = batch_of(*RAGGED)
+    states, visual = embeddings(inputs), inputs["input_ids"] == IMAGE_ID
+    gone = torch.full(visual.shape, NEVER)
+    for sample in range(len(visual)):
+        columns = visual[sample].nonzero().flatten().tolist()
+        words = (inputs["attention_mask"][sample].bool() & ~visual[sample]).nonzero().flatten().tolist()
+        scores = {c: max(cosine(states[sample, c], states[sample, w]) for w in words) for c in columns}
+        left, kept = sorted(best(scores, half_up(keep, len(columns)))), set()
+        while left:
+            cluster, edge = set(), [left[0]]
+            while edge:
+                cluster.add(a := edge.pop())
+                edge += [
+                    b for b in left if b not in cluster and cosine(states[sample, a], states[sample, b]) >= threshold
+                ]
+            kept |= best({c: scores[c] for c in sorted(cluster)}, half_up(share, len(cluster)))
+            left = [c for c in left if c not in cluster]
+        gone[sample, [c for c in columns if c not in kept]] = 0
+    equals_definition(PAR(keep, threshold, share), gone, exits, inputs)
+
+
+@pytest.mark.parametrize("exits", EXITS)
+@pytest.mark.parametrize("remove", [0.5, 0.66])
+def test_folder(remove, exits):
+    inputs = batch_of(*RAGGED)
+    states, visual = embeddings(inputs), inputs["input_ids"] == IMAGE_ID
+    gone = torch.where(visual, 0, NEVER)
+    count = int(PATCHES * remove)
+    for sample in range(len(visual)):
+        for columns in visual[sample].nonzero().flatten().split(PATCHES):
+            features = states[sample, columns][None]
+            means, sizes, places = fold_lists(features, features, count)
+            single = count <= (PATCHES - 1) // 2 and count >= (PATCHES - count) // 2
+            gone[sample, columns[places[0]]] = NEVER
+            states[sample, columns[places[0]]] = means[0] if single else means[0] * (1 + sizes[0].log()[:, None])
+    equals_definition(Folder(remove), gone, exits, inputs, states)
+
+
+@pytest.mark.parametrize("exits", EXITS)
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_downsample(size, exits):
+    inputs = batch_of(*RAGGED)
+    states, visual, side = embeddings(inputs), inputs["input_ids"] == IMAGE_ID, 4
+    gone = torch.where(visual, 0, NEVER)
+    bounds = {1: [(0, 3)], 2: [(0, 1), (2, 3)], 3: [(0, 1), (1, 2), (2, 3)], 4: [(i, i) for i in range(4)]}[size]
+    for sample in range(len(visual)):
+        for columns in visual[sample].nonzero().flatten().split(PATCHES):
+            features = states[sample, columns].clone()
+            for top, bottom in bounds:
+                for left, right in bounds:
+                    cell = [r * side + c for r in range(top, bottom + 1) for c in range(left, right + 1)]
+                    middle = (top + bottom) // 2 * side + (left + right) // 2
+                    gone[sample, columns[middle]] = NEVER
+                    states[sample, columns[middle]] = features[cell].mean(0)
+    equals_definition(Downsample(size), gone, exits, inputs, states)
+
+
+def test_methods_add_up():
+    """Merging before the decoder, then two prunings inside: what each leaves is what the next one sees."""
+    inputs, model = batch_of(*RAGGED), tiny_llava()
+    with reduce_tokens(model, Folder(0.5) & HiMAP((2, 4), (0.25, 0.125)) & FixedExit(5)) as handle:
+        generate(model, inputs)
+    by_image = [[8] * 2 + [4] * 2 + [2] + [0], [16] * 2 + [8] * 2 + [4] + [0]]
+    assert handle.counts.T.tolist() == [by_image[0]] * 3 + [by_image[1]]
+    assert handle.layers.tolist() == [5] * 4
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda: VTCCLS(1.5), "share"),
+        (lambda: VTCCLS(0.5, start=1.0), "vision layer"),
+        (lambda: dyvte.attach(tiny_llava(), VTCCLS(0.5, start=1)), "start must be 0 ... 0"),
+        (lambda: FoPru(0.5, by="column"), "'rank' or 'row'"),
+        (lambda: Folder(1), "share of visual tokens removed"),
+        (lambda: PAR(threshold=2), "cosine"),
+        (lambda: Downsample(0), "side of a grid"),
+        (lambda: ImageTextInteraction(0), "1 or more"),
+        (lambda: dyvte.attach(FAMILIES["qwen3_vl"].build(), Folder()), "layer 0 is outside 2"),
+    ],
+)
+def test_bad_settings(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_an_image_that_is_no_square_is_not_averaged():
+    visual = torch.zeros(1, 20, dtype=torch.bool)
+    visual[:, 3:14] = True
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="no square"), reduce_tokens(model, Downsample(2), visual_mask=visual):
+        model(inputs_embeds=torch.randn(1, 20, 32))

@@ -76,6 +76,12 @@ class LayerView:
         last = tail.index[self.samples.to(tail.index.device), -1:].to(tokens.index.device)
         return (tokens.index == last) & tokens.valid
 
+    def words(self) -> torch.Tensor:
+        """bool [n, width], the text tokens of each prompt, answers left out."""
+        prompt = self.prompt
+        text = prompt.text if prompt.answer is None else prompt.text & ~prompt.answer
+        return self.tokens.gather(text, self.samples) & self.tokens.valid.to(text.device)
+
     def after_image(self) -> torch.Tensor:
         """bool [n, width], the text tokens of each prompt after its last visual token, answers left out."""
         tail = self.prompt.tail
