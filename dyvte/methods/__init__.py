@@ -1,7 +1,36 @@
-"""Which visual tokens to keep: one file per idea."""
+"""Which visual tokens to keep, and what layers do with them: one file per idea."""
 
+from dyvte.methods.divprune import DivPrune
+from dyvte.methods.downsample import Downsample
 from dyvte.methods.exits import ExitPolicy, FixedExit, LearnedExit, NeverExit, RandomExit
 from dyvte.methods.fastv import FastV
+from dyvte.methods.folder import Folder
+from dyvte.methods.fopru import FoPru
+from dyvte.methods.himap import HiMAP
+from dyvte.methods.image_text_interaction import ImageTextInteraction
+from dyvte.methods.par import PAR
 from dyvte.methods.random_pruning import RandomPruning
+from dyvte.methods.registry import METHODS, by_name
+from dyvte.methods.sgl import SGL
+from dyvte.methods.vtc_cls import VTCCLS
 
-__all__ = ["ExitPolicy", "FastV", "FixedExit", "LearnedExit", "NeverExit", "RandomExit", "RandomPruning"]
+__all__ = [
+    "METHODS",
+    "PAR",
+    "SGL",
+    "VTCCLS",
+    "DivPrune",
+    "Downsample",
+    "ExitPolicy",
+    "FastV",
+    "FixedExit",
+    "FoPru",
+    "Folder",
+    "HiMAP",
+    "ImageTextInteraction",
+    "LearnedExit",
+    "NeverExit",
+    "RandomExit",
+    "RandomPruning",
+    "by_name",
+]
