@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -14,9 +15,11 @@ from torch import nn
 
 from dyvte.runtime.calls import VisualMask
 from dyvte.runtime.decoder import DecoderSpec
+from dyvte.runtime.edits import Edits, LayerEdit
 from dyvte.runtime.engine import Engine
 from dyvte.runtime.prefill import PromptPass
 from dyvte.runtime.reduction import Reduction, as_reduction
+from dyvte.runtime.view import LayerView
 from dyvte.runtime.vision import VisionTower
 
 RECORDED = 4096  # prompts
@@ -65,6 +68,18 @@ def visual_exit(
 ) -> Any:
     """:func:`reduce_tokens` for an exit policy, see :mod:`dyvte.methods.exits`."""
     return reduce_tokens(model, policy, visual_mask, decoder)
+
+
+def edit_layers(
+    model: nn.Module,
+    *edits: LayerEdit,
+    visual_mask: VisualMask | None = None,
+    decoder: str | nn.Module | None = None,
+) -> Any:
+    """:func:`reduce_tokens` for edits of layers; with reductions, ``reduce_tokens(model, edit & reduction)``."""
+    if not edits:
+        raise ValueError("edit_layers needs at least one edit, such as dyvte.methods.HollowAttention")
+    return reduce_tokens(model, functools.reduce(operator.and_, edits), visual_mask, decoder)
 
 
 def attach(
@@ -151,14 +166,18 @@ class Handle:
         }
         seen = [part.reads_vision for part in method.parts() if part.reads_vision is not None]
         tower = VisionTower(self.spec.model) if seen else None
+        edits = Edits(self.spec, [part for part in method.parts() if isinstance(part, LayerEdit)])
         self._told = threading.local()
         self._engine = Engine(
             self.spec, visual_mask, self._begin, self._finish, method.check_rows, tuple(sorted(read - {-1}))
         )
         self._vision = tower.watch(seen) if tower is not None else None
+        edits.attach(self._editing)
+        self._edits = edits
 
     def detach(self) -> None:
         """The model is as it was. Caches filled meanwhile are not usable without the method."""
+        self._edits.remove()
         self._engine.remove()
         if self._vision is not None:
             self._vision.remove()
@@ -207,6 +226,11 @@ class Handle:
             rows = samples.to(kept.device)
             kept[rows[:, None], tokens.index.to(kept.device)] = tokens.valid.to(kept.device)
         return (kept & run.prompt.valid).cpu()
+
+    def _editing(self, layer: int) -> LayerView | None:
+        """What a layer is running on; None while it decodes."""
+        group = self._engine.run.current if self._engine.run is not None else None
+        return None if group is None else LayerView(group, torch.arange(len(group.samples)), layer, self.spec)
 
     def _begin(self, prompt: Any, hidden: torch.Tensor, cache: Any, past: torch.Tensor) -> PromptPass:
         run = PromptPass(self.spec, prompt, hidden, cache, past)
