@@ -86,7 +86,7 @@ class ExitPolicy(Reduction):
             admitted = self.admits(view.prompt.visual_state(view.hidden))
             if admitted is not None:
                 admitted = _verdict(self, "admits", admitted, rows).cpu()
-            return _Asked(self, admitted)
+            return _Asked(self, admitted, range(spec.min_layer, spec.num_layers))
         whole = isinstance(planned, torch.Tensor) and not planned.is_floating_point() and planned.shape == (rows,)
         if not whole or planned.min() < 1 or planned.max() > spec.num_layers:
             raise ValueError(
@@ -112,9 +112,9 @@ class _Asked(Reduction):
 
     reads_text = True
 
-    def __init__(self, policy: ExitPolicy, admitted: torch.Tensor | None):
-        self.policy, self.admitted = policy, admitted
-        self.layers, self.lookahead = policy.layers, policy.lookahead
+    def __init__(self, policy: ExitPolicy, admitted: torch.Tensor | None, allowed: range):
+        self.policy, self.admitted, self.lookahead = policy, admitted, policy.lookahead
+        self.layers = allowed if policy.layers is None else set(allowed).intersection(policy.layers)
 
     def select(self, view: LayerView) -> torch.Tensor:
         state = view.text_state()

@@ -51,12 +51,12 @@ def layer_call(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
     """The arguments that a module's ``forward`` names, in order."""
-    return _argument_names(inspect.unwrap(type(module).forward))
+    return _argument_names(type(module))
 
 
 @functools.lru_cache(maxsize=256)
-def _argument_names(forward: Any) -> tuple[str, ...]:
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
+def _argument_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dyvte.runtime.arguments import MASK, layer_call
+from dyvte.runtime.arguments import MASK, argument_names, layer_call
 from dyvte.runtime.attention import AttentionCall, call_arguments, find_attention
 from dyvte.runtime.cache import KeptLayer
 from dyvte.runtime.calls import Calls, Frame, VisualMask
@@ -149,7 +149,7 @@ class Engine:
         for module in layer.modules():
             if hasattr(module, "_mixed_batch_forward"):
                 self._override_argument(module, "adapter_names", self._adapters)
-            if "seq_len" in inspect.signature(module.forward).parameters:
+            if "seq_len" in argument_names(module):
                 self._override_argument(module, "seq_len", lambda asked: max(asked, self.length))
 
     def _override_argument(self, module: nn.Module, name: str, change: Callable[[Any], Any]) -> None:

@@ -52,8 +52,8 @@ class PromptPass:
         self.counts: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         self.kept: list[list[tuple[torch.Tensor, KeptTokens]]] = []
         self._reductions: list[Reduction] = []
-        self._verdicts: dict[tuple[int, int], list[Verdict]] = {}
-        self._checked = False
+        self._verdicts: dict[int, list[Verdict]] = {}
+        self._checked: set[tuple[str, ...]] = set()  # names of arguments
         self.returns_tuple = False
         self._returned: torch.Tensor | None = None
 
@@ -104,9 +104,9 @@ class PromptPass:
     def _arguments(self, index: int, group: Group, given: dict[str, Any], name: str | None) -> dict[str, Any]:
         if self.cache.serves(index, group):
             return given
-        if not self._checked:
+        if tuple(given) not in self._checked:
             check_arguments(self.spec.layers[index], given, self.batch, self.length)
-            self._checked = True
+            self._checked.add(tuple(given))
         others = {key: value for key, value in given.items() if key != name}
         held = self.cache.held(index)
         arguments = group.arguments(self.spec.kinds[index], others, self.spec, held, self.cache.length)
@@ -138,20 +138,19 @@ class PromptPass:
     # Which tokens go.
 
     def _reduce(self, index: int) -> None:
-        for number, reduction in enumerate(self._reductions):
+        """Asks the reductions whose turn it is, all about the same tokens, and takes away what any of them drops."""
+        for reduction in self._reductions:
             layer = index + reduction.lookahead
             if (index > 0 or layer == 0) and self._asks(reduction, layer):
                 for group in self.groups:
-                    self._ask(number, reduction, group, layer)
-            verdicts = self._verdicts.pop((number, index), None)
-            if verdicts is not None:
-                self._apply(index, verdicts)
+                    self._ask(reduction, group, layer)
+        verdicts = self._verdicts.pop(index, None)
+        if verdicts is not None:
+            self._apply(index, verdicts)
 
     def _asks(self, reduction: Reduction, layer: int) -> bool:
-        first = self.spec.first if reduction.layers is not None else self.spec.min_layer
-        if not first <= layer < self.spec.num_layers:
-            return False
-        return reduction.layers is None or layer in reduction.layers
+        allowed = self.spec.first <= layer < self.spec.num_layers
+        return allowed and (reduction.layers is None or layer in reduction.layers)
 
     @staticmethod
     def _places(group: Group, reduction: Reduction) -> torch.Tensor:
@@ -161,7 +160,7 @@ class PromptPass:
         admitted = reduction.admitted
         return group.memo(lambda: group.reducible[admitted[group.samples[group.reducible]]], "admitted", reduction)
 
-    def _ask(self, number: int, reduction: Reduction, group: Group, layer: int) -> None:
+    def _ask(self, reduction: Reduction, group: Group, layer: int) -> None:
         places = self._places(group, reduction)
         if len(places) == 0:
             return
@@ -175,11 +174,14 @@ class PromptPass:
                 f"{type(reduction).__name__}.update() must return states {list(view.hidden.shape)}, and needs the "
                 "states of the layer itself: leave lookahead at 0"
             )
-        self._verdicts.setdefault((number, layer), []).append(Verdict(view, keep, update))
+        self._verdicts.setdefault(layer, []).append(Verdict(view, keep, update))
 
     def _apply(self, index: int, verdicts: Sequence[Verdict]) -> None:
         """Takes away what verdicts said, where they said anything."""
-        for verdict in verdicts:
+        updates = [verdict for verdict in verdicts if verdict.update is not None]
+        if len({id(verdict.view.group) for verdict in updates}) < len(updates):
+            raise ValueError(f"two reductions replace states before decoder layer {index}: give them different layers")
+        for verdict in updates:
             verdict.update_states()
         said = [verdict for verdict in verdicts if verdict.takes()]
         if not said:

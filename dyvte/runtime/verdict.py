@@ -47,11 +47,10 @@ class Verdict:
 
     def update_states(self) -> None:
         """Puts the new states in place."""
-        if self.update is not None:
-            group, places = self.view.group, self.view.places
-            hidden = group.hidden.clone()
-            hidden[places.to(hidden.device)] = self.update.to(hidden)
-            group.hidden = hidden
+        group, places = self.view.group, self.view.places
+        hidden = group.hidden.clone()
+        hidden[places.to(hidden.device)] = self.update.to(hidden)
+        group.hidden = hidden
 
     def narrow(self, group: Group, keep: torch.Tensor) -> torch.Tensor:
         """``keep`` (bool [n, width] of a group) without what this takes from the group's samples."""
