@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from dyvte.methods.selection import share_count, top
-from dyvte.runtime.decoder import DecoderSpec
-from dyvte.runtime.edits import LayerEdit, ffn_module
-from dyvte.runtime.feed_forward import FeedForward, by_rows
+from dyvte.runtime.edits import LayerEdit
+from dyvte.runtime.feed_forward import FeedForward, NeuronEdit
 from dyvte.runtime.tokens import KeptTokens
 from dyvte.runtime.view import LayerView
 
@@ -174,7 +173,7 @@ class HollowAttention(LayerEdit):
         return seen & (hollow_mask(visual, self.window) | ~both)
 
 
-class ProbeFFN(LayerEdit):
+class ProbeFFN(NeuronEdit):
     """Visual tokens use the neurons that a few of them, the probes, activate most; see :func:`neurons`.
 
     The other neurons are really not computed for them: weights are sliced, sample by sample. Probes are drawn anew in
@@ -195,14 +194,6 @@ class ProbeFFN(LayerEdit):
             share_count(share, torch.tensor(0))
         self.edited, self.probe, self.keep = layers, probe, keep
 
-    def check(self, spec: DecoderSpec) -> None:
-        super().check(spec)
-        for index, layer in enumerate(spec.layers):
-            if self.edited is None or index in self.edited:
-                FeedForward.of(ffn_module(layer))
-
-    def ffn(self, view: LayerView, ffn: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-        parts, visual = FeedForward.of(ffn_module(view.spec.layers[view.layer])), view.visual.to(states.device)
-        asked = KeptTokens.from_mask(probes(visual, self.probe))
-        kept = neurons(asked.gather(states), parts.gate, parts.up, parts.act, self.keep, asked.valid)
-        return by_rows(states, visual, ffn, lambda sample, own: parts(own, kept[sample]))
+    def neurons(self, view: LayerView, parts: FeedForward, states: torch.Tensor) -> Sequence[torch.Tensor]:
+        asked = KeptTokens.from_mask(probes(view.visual.to(states.device), self.probe))
+        return neurons(asked.gather(states), parts.gate, parts.up, parts.act, self.keep, asked.valid)

@@ -6,13 +6,13 @@ prompts alike; the strong settings were trained with the cuts in place, on Inter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 
 import torch
 
 from dyvte.runtime.decoder import DecoderSpec
-from dyvte.runtime.edits import LayerEdit, ffn_module
-from dyvte.runtime.feed_forward import FeedForward, by_rows
+from dyvte.runtime.edits import LayerEdit
+from dyvte.runtime.feed_forward import FeedForward, NeuronEdit
 from dyvte.runtime.view import LayerView
 
 
@@ -224,7 +224,7 @@ class LayerCut(LayerEdit):
         return values.masked_fill(view.visual.to(values.device)[..., None, None], 0)
 
 
-class FirstNeurons(LayerEdit):
+class FirstNeurons(NeuronEdit):
     """Visual tokens use the first neurons of the FFN, see :func:`first_neurons`; the others are really not computed.
 
     Args:
@@ -241,13 +241,6 @@ class FirstNeurons(LayerEdit):
             raise ValueError(f"ratio must be 1 or more, not {ratio!r}")
         self.edited, self.ratio = layers, ratio
 
-    def check(self, spec: DecoderSpec) -> None:
-        super().check(spec)
-        for index, layer in enumerate(spec.layers):
-            if self.edited is None or index in self.edited:
-                FeedForward.of(ffn_module(layer))
-
-    def ffn(self, view: LayerView, ffn: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-        parts = FeedForward.of(ffn_module(view.spec.layers[view.layer]))
+    def neurons(self, view: LayerView, parts: FeedForward, states: torch.Tensor) -> Sequence[torch.Tensor]:
         used = torch.arange(first_neurons(parts.gate.out_features, self.ratio), device=states.device)
-        return by_rows(states, view.visual, ffn, lambda sample, own: parts(own, used))
+        return [used] * len(states)

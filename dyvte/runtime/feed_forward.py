@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from dyvte.runtime.decoder import DecoderSpec
+from dyvte.runtime.edits import LayerEdit, ffn_module
+from dyvte.runtime.view import LayerView
 
 
 @dataclass(frozen=True)
@@ -79,3 +83,26 @@ def by_rows(
         if bool(own.any()):
             out[sample, own] = marked(sample, states[sample, own])
     return out
+
+
+class NeuronEdit(LayerEdit):
+    """Visual tokens use some neurons of the FFN; the others are really not computed for them."""
+
+    def neurons(self, view: LayerView, parts: FeedForward, states: torch.Tensor) -> Sequence[torch.Tensor]:
+        """For each sample the neurons that its visual tokens use, long [k].
+
+        Args:
+            states: [n, width, d], what the FFN gets.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define neurons()")
+
+    def check(self, spec: DecoderSpec) -> None:
+        super().check(spec)
+        for index, layer in enumerate(spec.layers):
+            if self.edited is None or index in self.edited:
+                FeedForward.of(ffn_module(layer))
+
+    def ffn(self, view: LayerView, ffn: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+        parts = FeedForward.of(ffn_module(view.spec.layers[view.layer]))
+        used = self.neurons(view, parts, states)
+        return by_rows(states, view.visual, ffn, lambda sample, own: parts(own, used[sample]))

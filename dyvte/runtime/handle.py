@@ -165,15 +165,14 @@ class Handle:
             for layer in (part.layers if part.layers is not None else range(1, self.spec.num_layers))
         }
         seen = [part.reads_vision for part in method.parts() if part.reads_vision is not None]
-        tower = VisionTower(self.spec.model) if seen else None
-        edits = Edits(self.spec, [part for part in method.parts() if isinstance(part, LayerEdit)])
+        tower = VisionTower(self.spec.model) if seen else None  # before anything is attached
+        self._edits = Edits(self.spec, [part for part in method.parts() if isinstance(part, LayerEdit)])
         self._told = threading.local()
         self._engine = Engine(
             self.spec, visual_mask, self._begin, self._finish, method.check_rows, tuple(sorted(read - {-1}))
         )
         self._vision = tower.watch(seen) if tower is not None else None
-        edits.attach(self._editing)
-        self._edits = edits
+        self._edits.attach(self._editing)
 
     def detach(self) -> None:
         """The model is as it was. Caches filled meanwhile are not usable without the method."""
