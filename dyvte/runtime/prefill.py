@@ -10,6 +10,7 @@ from transformers import Cache
 
 from dyvte.runtime.arguments import cache_name, check_arguments
 from dyvte.runtime.attention import AttentionCall
+from dyvte.runtime.bypass import Bypass, Detour, by_layer
 from dyvte.runtime.decoder import DecoderSpec
 from dyvte.runtime.groups import Group, regroup, split
 from dyvte.runtime.pass_cache import PassCache
@@ -52,6 +53,7 @@ class PromptPass:
         self.counts: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         self.kept: list[list[tuple[torch.Tensor, KeptTokens]]] = []
         self._reductions: list[Reduction] = []
+        self._bypasses: dict[int, Bypass] = {}
         self._verdicts: dict[int, list[Verdict]] = {}
         self._checked: set[tuple[str, ...]] = set()  # names of arguments
         self.returns_tuple = False
@@ -61,6 +63,7 @@ class PromptPass:
         """Asks a method what it has to say about this prompt."""
         group = self.groups[0]
         view = LayerView(group, torch.arange(self.batch), 0, self.spec)
+        self._bypasses = by_layer(method.parts())
         for part in method.parts():
             reduction = part.start(view)
             if reduction.layers is None or reduction.layers:
@@ -85,16 +88,21 @@ class PromptPass:
         self._receive(index, hidden)
         self._reduce(index)
         self.attention.clear()
-        self._note()
+        bypass = self._bypasses.get(index)
+        detours = [] if bypass is None else [Detour(group, bypass, index, self.spec) for group in self.groups]
+        working = [detour.part for detour in detours] or self.groups
+        self._note(working)
         name, last = cache_name(given), index == self.spec.num_layers - 1
         output = None
-        for group in self.groups:
+        for group in working:
             self.current = group
             group.hidden = group.hidden.to(hidden.device)
             output = forward(group.hidden, **self._arguments(index, group, given, name))
             group.hidden = output[0] if isinstance(output, tuple) else output
         self.current = None
-        self.cache.merge(index, self.groups)
+        self.cache.merge(index, working)
+        for detour in detours:
+            detour.rejoin()
         result = self._full() if last else self.groups[0].hidden
         if last and not self._dense:
             self._check_finite(result)
@@ -199,9 +207,9 @@ class PromptPass:
                 parts.append(group)
         self.groups = regroup(parts)
 
-    def _note(self) -> None:
-        self.counts.append([(g.samples, g.memo(lambda g=g: g.visual.sum(1), "count")) for g in self.groups])
-        self.kept.append([(g.samples, g.tokens) for g in self.groups])
+    def _note(self, groups: Sequence[Group]) -> None:
+        self.counts.append([(g.samples, g.memo(lambda g=g: g.visual.sum(1), "count")) for g in groups])
+        self.kept.append([(g.samples, g.tokens) for g in groups])
 
     def _full(self) -> torch.Tensor:
         """The states of all samples and columns, with zeros at what is gone."""
