@@ -17,6 +17,7 @@ import dyvte
 from dyvte import FastV, FixedExit, edit_layers, reduce_tokens
 from dyvte.methods.aki import AKI
 from dyvte.methods.ima import SkipComputations
+from dyvte.methods.mod import MoD
 from dyvte.methods.redundancylens import HollowAttention, ProbeFFN
 from dyvte.methods.yopo import FirstNeurons, HeadCut, LayerCut, NeighbourAttention
 
@@ -271,6 +272,63 @@ def test_skipped_computations(part, rows, exits):
     check(SkipComputations(layers, part, rows), changes, exits, inputs)
 
 
+@contextmanager
+def bypassed(model, layers, length, visual, score, share, weighted):
+    """Tokens that are not routed keep their state in a layer, and nothing sees them there."""
+    routes = {}
+
+    def hook(index, layer):
+        def before(module, args, kwargs):
+            states, mask = args[0], kwargs["attention_mask"].clone()
+            chosen = torch.ones(states.shape[:2], dtype=torch.bool)
+            for sample, own in enumerate(visual):
+                for frame in own.nonzero().flatten().split(PATCHES):
+                    scores = score(states[sample, frame]).tolist()
+                    order = sorted(range(len(frame)), key=lambda i: (-scores[i], i))
+                    chosen[sample, frame[order[max(int(share * len(frame) + 0.5), 1) :]]] = False
+            routes[index] = chosen, states
+            mask.masked_fill_(~chosen[:, None, None, :] & ~torch.eye(len(chosen[0])).bool(), LOWEST)
+            return args, kwargs | {"attention_mask": mask}
+
+        def after(module, args, output):
+            (chosen, states), out = routes[index], output.clone()
+            if weighted:
+                factor = torch.ones(states.shape[:2])
+                factor[:, :length] = score(states[:, :length]).where(visual, 1)
+                out = states + factor[..., None] * (out - states)
+            return torch.where(chosen[..., None], out, states)
+
+        return [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
+
+    with hooked(model, layers, hook):
+        yield
+
+
+@pytest.mark.parametrize("exits", EXITS)
+@pytest.mark.parametrize("share, weighted", [(0.2, False), (0.5, True)])
+def test_tokens_that_bypass_layers(share, weighted, exits):
+    inputs, layers = batch_of(*RAGGED), (0, 2, 3)
+    router = torch.randn(32, generator=torch.Generator().manual_seed(0))
+
+    def score(states):
+        return states @ router
+
+    def changes(model, visual):
+        yield bypassed(model, layers, visual.shape[1], visual, score, share, weighted)
+
+    method = MoD(layers, score, share, weighted)
+    check(method, changes, exits, inputs)
+    model = tiny_llava()
+    with torch.no_grad(), reduce_tokens(model, method) as handle:
+        cache = model(**inputs, use_cache=True).past_key_values
+    images, length = torch.tensor([1, 1, 1, 2]), inputs["input_ids"].shape[1]
+    per_frame = int(share * PATCHES + 0.5)
+    for layer in range(LAYERS):
+        tokens = per_frame if layer in layers else PATCHES
+        assert handle.counts[layer].tolist() == (images * tokens).tolist()
+        assert layer not in layers or cache.layers[layer].keys.shape[2] < length
+
+
 def test_edits_add_up_with_pruning():
     """What a pruning reads is the attention of the edited layer, and what an edit counts is what the pruning left."""
     inputs, rule = batch_of(*RAGGED), FastV(3, 0.5)
@@ -355,6 +413,7 @@ def test_families_bear_edits(name):
         (lambda: HeadCut(torch.ones(6, 4)), "mask must be bool"),
         (lambda: dyvte.attach(tiny_llava(), LayerCut(6)), "outside 0 ... 5"),
         (lambda: FirstNeurons(0.5), "1 or more"),
+        (lambda: dyvte.attach(FAMILIES["qwen3_vl"].build(), MoD([1], torch.sum)), "cannot bypass layer 1"),
         (lambda: ProbeFFN(None, 2), "share"),
         (lambda: SkipComputations([1], "mlp"), "part must be"),
     ],
@@ -362,6 +421,15 @@ def test_families_bear_edits(name):
 def test_bad_settings(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize(
+    "other, match", [(FastV(3), "reads the attention of layer 2"), (MoD([2], torch.sum), "two methods choose")]
+)
+def test_what_does_not_go_with_a_bypass_is_refused(other, match):
+    model = tiny_llava()
+    with pytest.raises(ValueError, match=match), reduce_tokens(model, MoD([1, 2], lambda x: x[..., 0]) & other):
+        model(**batch_of(*RAGGED))
 
 
 def test_a_grid_that_images_do_not_fill_is_refused():

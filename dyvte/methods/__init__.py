@@ -10,6 +10,7 @@ from dyvte.methods.fopru import FoPru
 from dyvte.methods.himap import HiMAP
 from dyvte.methods.ima import SkipComputations
 from dyvte.methods.image_text_interaction import ImageTextInteraction
+from dyvte.methods.mod import MoD
 from dyvte.methods.par import PAR
 from dyvte.methods.random_pruning import RandomPruning
 from dyvte.methods.redundancylens import HollowAttention, ProbeFFN
@@ -34,6 +35,7 @@ __all__ = [
     "ImageTextInteraction",
     "LayerCut",
     "LearnedExit",
+    "MoD",
     "METHODS",
     "NeighbourAttention",
     "NeverExit",
