@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from dyvte.runtime.compat import call_cache
-from dyvte.runtime.decoder import find_decoder
+from dyvte.runtime.locate import find_decoder
 
 IMAGE_ID = 90
 PATCHES = 16

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import dyvte
 from dyvte import SplicedVisualMask
 from dyvte.runtime.compat import causal_mask
-from dyvte.runtime.decoder import find_decoder
+from dyvte.runtime.locate import find_decoder
 
 CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
 SENTINEL, IGNORE, TOKENS, CONTEXT, STEPS = -200, -100, 7, 90, 5

@@ -52,18 +52,18 @@ class DecoderSpec:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch module, not {type(model).__name__}: pass the loaded model itself")
         outer, model = model, underlying_model(model)
-        decoder = find_decoder(model, decoder)
         config = getattr(model, "config", None)
+        if any(getattr(c, "is_encoder_decoder", False) for c in (config, getattr(config, "text_config", None))):
+            raise ValueError(
+                f"{type(model).__name__} is an encoder-decoder: its decoder holds no visual tokens, but sees the "
+                "encoder's through cross attention. Use it without the exit"
+            )
+        decoder = find_decoder(model, decoder)
         own = getattr(decoder, "config", None) or config
         if own is None:
             raise ValueError(
                 f"neither {type(model).__name__} nor its decoder has a config, which says how layers attend: "
                 "pass the model itself, not a wrapper, or set .config on it"
-            )
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"{type(model).__name__} is an encoder-decoder: its decoder holds no visual tokens, but sees the "
-                "encoder's through cross attention. Use it without the exit"
             )
         _refuse_compiled(outer, model, decoder)
         kinds = layer_kinds(own, len(decoder.layers))

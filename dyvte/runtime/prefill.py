@@ -10,14 +10,17 @@ from transformers import Cache
 
 from dyvte.runtime.arguments import cache_name, check_arguments, tensors
 from dyvte.runtime.attention import AttentionCall
+from dyvte.runtime.bypass import Bypass, Detour, by_layer
 from dyvte.runtime.decoder import DecoderSpec
 from dyvte.runtime.groups import Group, regroup, split
 from dyvte.runtime.pass_cache import PassCache
 from dyvte.runtime.placement import loaded
 from dyvte.runtime.prompt import Prompt
-from dyvte.runtime.reduction import LayerView, Reduction
+from dyvte.runtime.reduction import Reduction
 from dyvte.runtime.tokens import KeptTokens
 from dyvte.runtime.verdict import Verdict, not_finite
+from dyvte.runtime.view import LayerView
+from dyvte.runtime.vision import VisionAttention
 
 
 class PromptPass:
@@ -47,9 +50,11 @@ class PromptPass:
         self.exits = torch.full((self.batch,), spec.num_layers)
         self.current: Group | None = None  # the one whose layer is running
         self.attention: dict[int, AttentionCall] = {}  # by group, of the layer that ran last
+        self.vision: VisionAttention | None = None
         self.counts: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         self.kept: list[list[tuple[torch.Tensor, KeptTokens]]] = []
         self._reductions: list[Reduction] = []
+        self._bypasses: dict[int, Bypass] = {}
         self._verdicts: dict[int, list[Verdict]] = {}
         self._checked: set[tuple[str, ...]] = set()  # names of arguments
         self.returns_tuple = False
@@ -59,6 +64,7 @@ class PromptPass:
         """Asks a method what it has to say about this prompt."""
         group = self.groups[0]
         view = LayerView(group, torch.arange(self.batch), 0, self.spec)
+        self._bypasses = by_layer(method.parts())
         for part in method.parts():
             reduction = part.start(view)
             if reduction.layers is None or reduction.layers:
@@ -88,11 +94,14 @@ class PromptPass:
         self._receive(index, hidden)
         self._reduce(index)
         self.attention.clear()
-        self._note()
+        bypass = self._bypasses.get(index)
+        detours = [] if bypass is None else [Detour(group, bypass, index, self.spec) for group in self.groups]
+        working = [detour.part for detour in detours] or self.groups
+        self._note(working)
         name, last = cache_name(given), index == self.spec.num_layers - 1
         others: tuple | None = None  # what the layer returns beside its states
-        with loaded(self.spec.layers[index], len(self.groups)):
-            for group in self.groups:
+        with loaded(self.spec.layers[index], len(working)):
+            for group in working:
                 self.current = group
                 group.hidden = group.hidden.to(hidden.device)
                 states = self.spec.by_layers(group.hidden)
@@ -102,7 +111,9 @@ class PromptPass:
                 if others and not self.cache.serves(index, group):
                     others = self._other_outputs(index, group, others)
         self.current = None
-        self.cache.merge(index, self.groups)
+        self.cache.merge(index, working)
+        for detour in detours:
+            detour.rejoin()
         result = self._full() if last else self.groups[0].hidden
         if last and not self._dense:
             self._check_finite(result)
@@ -136,7 +147,7 @@ class PromptPass:
     def release(self) -> None:
         """Lets go of states and caches; what was kept where stays known."""
         self.groups, self.attention, self._reductions, self._verdicts = [], {}, [], {}
-        self.cache, self._returned = None, None
+        self.cache, self.vision, self._returned = None, None, None
 
     def _receive(self, index: int, hidden: torch.Tensor) -> None:
         group, before = self.groups[0], self._returned
@@ -193,7 +204,7 @@ class PromptPass:
         places = self._places(group, reduction)
         if len(places) == 0:
             return
-        view = LayerView(group, places, layer, self.spec, self.attention.get(id(group)))
+        view = LayerView(group, places, layer, self.spec, self.attention.get(id(group)), self.vision)
         keep = reduction.select(view)
         if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.shape != view.shape:
             raise ValueError(f"{type(reduction).__name__}.select() must return bool {list(view.shape)}")
@@ -233,9 +244,9 @@ class PromptPass:
                 parts.append(group)
         self.groups = regroup(parts)
 
-    def _note(self) -> None:
-        self.counts.append([(g.samples, g.memo(lambda g=g: g.visual.sum(1), "count")) for g in self.groups])
-        self.kept.append([(g.samples, g.tokens) for g in self.groups])
+    def _note(self, groups: Sequence[Group]) -> None:
+        self.counts.append([(g.samples, g.memo(lambda g=g: g.visual.sum(1), "count")) for g in groups])
+        self.kept.append([(g.samples, g.tokens) for g in groups])
 
     def _full(self) -> torch.Tensor:
         """The states of all samples and columns, with zeros at what is gone."""

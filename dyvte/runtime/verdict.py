@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dyvte.runtime.groups import Group
-from dyvte.runtime.reduction import LayerView
+from dyvte.runtime.view import LayerView
 
 
 class Verdict:
