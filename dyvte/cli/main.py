@@ -48,7 +48,11 @@ COMMANDS: dict[str, tuple[str, dict[str, Key]]] = {
             "answers": Key("dense", "dense: trace the model's own greedy answer; dataset: the given one"),
             "batch_size": Key(8, "samples per forward pass"),
             "max_new_tokens": Key(None, "longest answer; default: what the data asks for, else 16"),
-            "shard_size": Key(256, "samples per shard, the unit a restart repeats"),
+            "exits": Key(None, "exit layers to trace: a stride, or a list; default: all"),
+            "unit_size": Key(32, "samples per unit, the most that a restart repeats; 32 at most"),
+            "seed": Key(0, "of the order of the samples"),
+            "on_error": Key("stop", "a sample that cannot be used: stop, or skip it and note why"),
+            "max_errors": Key(100, "samples that may be skipped"),
         },
     ),
     "train": (
@@ -230,7 +234,7 @@ def data_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def trace(config: dict[str, Any]) -> None:
     from dyvte.data import fingerprint, load_samples
-    from dyvte.training.store import write_traces
+    from dyvte.training.write import write_traces
 
     data = data_config(config)
     samples = load_samples(data)
@@ -245,7 +249,7 @@ def trace(config: dict[str, Any]) -> None:
         max_new_tokens=config["max_new_tokens"],
         template=data.get("template"),
         provenance=data | {"fingerprint": fingerprint(data)},
-        shard_size=config["shard_size"],
+        **{name: config[name] for name in ("exits", "unit_size", "seed", "on_error", "max_errors")},
         rank=int(os.environ.get("RANK", 0)),
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
     )

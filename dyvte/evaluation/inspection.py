@@ -30,7 +30,8 @@ from dyvte.provenance import hardware, versions, weights_fingerprint, write_json
 from dyvte.report.style import STYLE
 from dyvte.runtime.attention import find_attention
 from dyvte.runtime.decoder import find_decoder, underlying_model
-from dyvte.training.store import TraceSet, load_traces, write_traces
+from dyvte.training.store import TraceSet, load_traces
+from dyvte.training.write import write_traces
 
 
 def state_similarity(state: torch.Tensor) -> torch.Tensor:
