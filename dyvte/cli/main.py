@@ -66,6 +66,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Key]]] = {
             "output": Key(..., "folder of the heads"),
             "alpha": Key(0.01, "the rate of changed answers to stay below; null: no promise, the threshold is 0.5"),
             "delta": Key(0.1, "1 - confidence of that promise"),
+            "shared_images": Key(False, "allow held-out questions about images of training"),
             "fit": Key(
                 {}, "training settings: form, width, label_rule, epochs, batch_size, lr, weight_decay, seed ..."
             ),
@@ -85,6 +86,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Key]]] = {
             "output": Key(None, "folder of the recalibrated heads, default: in place; vtw: a JSON file"),
             "alpha": Key(0.01, "learned: the rate of changed answers to stay below"),
             "delta": Key(0.1, "learned: 1 - confidence of that promise"),
+            "shared_images": Key(False, "learned: allow held-out questions about images of training"),
             "vtw": Key({}, "vtw: eta (nats, or a name such as llava-1.5-7b), first, samples, seed"),
             "threads": Key(None, "CPU threads of this process"),
         },
@@ -257,8 +259,9 @@ def trace(config: dict[str, Any]) -> None:
 
 def train(config: dict[str, Any]) -> None:
     from dyvte.training.calibrate import calibrate as set_threshold
-    from dyvte.training.calibrate import compare
+    from dyvte.training.calibrate import check_enough, compare
     from dyvte.training.fit import FitSettings, fit_heads, quality
+    from dyvte.training.held_out import check_held_out
     from dyvte.training.store import load_traces
 
     try:
@@ -272,8 +275,11 @@ def train(config: dict[str, Any]) -> None:
     if config["calibration"] is None:
         raise ValueError("a promise needs held-out traces: set calibration=FOLDER, or alpha=null for none")
     held_out = load_traces(*as_list(config["calibration"]))
-    heads = fit_heads(load_traces(*as_list(config["traces"])), settings)
-    set_threshold(heads, held_out, config["alpha"], config["delta"])
+    check_enough(len(held_out), config["alpha"], config["delta"])
+    traces = load_traces(*as_list(config["traces"]))
+    check_held_out(traces.content.sketch(), held_out.content, config["shared_images"])
+    heads = fit_heads(traces, settings)
+    set_threshold(heads, held_out, config["alpha"], config["delta"], config["shared_images"])
     heads.config.training |= {f"calibration_{k}": v for k, v in quality(heads, held_out)["mean"].items()}
     heads.save_pretrained(config["output"])
     result = compare(heads, held_out)
@@ -297,7 +303,8 @@ def calibrate(config: dict[str, Any]) -> None:
     from dyvte.training.store import load_traces
 
     heads = ExitHeads.from_pretrained(config["heads"])
-    set_threshold(heads, load_traces(*as_list(config["traces"])), config["alpha"], config["delta"])
+    traces = load_traces(*as_list(config["traces"]))
+    set_threshold(heads, traces, config["alpha"], config["delta"], config["shared_images"])
     heads.save_pretrained(config["output"] or config["heads"])
     shown = ("alpha", "delta", "samples", "risk", "bound", "mean_exit_layer")
     print(json.dumps({"threshold": heads.config.threshold} | {k: heads.config.calibration[k] for k in shown}, indent=2))
@@ -342,7 +349,9 @@ def oracle(traces: str | list[str]) -> Any:
 
     known = load_traces(*as_list(traces))
     exits = oracle_exits(known.agreement >= 1).tolist()
-    return PerSampleExit({row["id"]: e for row, e in zip(known.rows, exits)})
+    return PerSampleExit(
+        {digest.tobytes().hex(): e for digest, e in zip(known.content.samples, exits)}, by_content=True
+    )
 
 
 def evaluate(config: dict[str, Any]) -> None:

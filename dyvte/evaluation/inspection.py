@@ -115,6 +115,7 @@ def inspect_model(
         provenance=made_from,
     )
     traces = load_traces(folder)
+    traces = traces.select(range(len(traces)))
     name = getattr(base.config, "_name_or_path", "") or None
     result = {"model": Path(name).name if name else type(base).__name__, "layers": traces.num_layers}
     result |= summarise(traces, torch.cat(shares), torch.cat(tokens))

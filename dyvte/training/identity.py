@@ -31,6 +31,7 @@ SETTINGS = {
     "source": "the data config, or the file it names, has changed",
     "plan": "use the same unit_size, seed and samples",
 }
+IDENTITY = ("weights", "dtype", "attention", "processor")  # what of it goes into heads
 MIXABLE = ("format", "weights", "dtype", "attention", "processor", "answers", "exits")
 
 

@@ -85,4 +85,5 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.as_dict())
+        """Changes with which samples make up which unit."""
+        return fingerprint([self.units, self.seed])
