@@ -83,10 +83,11 @@ def write_traces(
         with _faults_of(folder):
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(one_run(folder, run_name(world_size)))
+            share = plan.share(rank, world_size)
+            _sweep(folder, share, rank)
             claim(folder / PROVENANCE, record, partial(check_same, folder), write=rank == 0)
             if rank == 0:
                 write_json(folder / PLAN, plan.as_dict())
-        share = plan.share(rank, world_size)
         todo = _unfinished(folder, plan, share, readable, progress=rank == 0)
         title = "trace" if world_size == 1 else f"trace (share of rank 0 of {world_size})"
         total = sum(len(plan.units[number]) for number in share)
@@ -173,6 +174,15 @@ def _unfinished(folder: Path, plan: Plan, share: Sequence[int], readable: Readab
     if len(readable.skipped) > readable.max_errors:
         raise TooManyErrors(list(readable.skipped.values()), readable.max_errors)
     return sorted(todo)
+
+
+def _sweep(folder: Path, share: Sequence[int], rank: int) -> None:
+    """Removes what killed writers left of the files that only this rank writes."""
+    mine = {f"{number:06d}{suffix}" for number in share for suffix in (".arrow", ".json")}
+    mine |= {PROVENANCE, PLAN} if rank == 0 else set()
+    for path in (*folder.glob(".*-*-*"), *folder.glob("units/.*-*-*")):
+        if path.name.split("-", 2)[2] in mine:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
