@@ -86,10 +86,10 @@ def _offloaded(model: nn.Module, name: str) -> torch.Tensor:
     for depth in range(len(path) - 1, -1, -1):
         hook = getattr(model.get_submodule(".".join(path[:depth])), "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):
-            weights = getattr(one, "weights_map", None)
-            key = ".".join(path[depth:])
-            if weights is not None and key in set(weights):
-                return weights[key]
+            try:
+                return (getattr(one, "weights_map", None) or {})[".".join(path[depth:])]
+            except KeyError:
+                continue
     raise ValueError(f"weight {name} has no values (it is on the meta device): load the model before it is used")
 
 

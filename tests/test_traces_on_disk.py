@@ -169,14 +169,14 @@ def test_two_ranks_of_torchrun_killed_and_finished_by_one(mllm, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    while not list(folder.glob("units/*.json")):
+    while not list(folder.glob("units/0*.json")):
         assert group.poll() is None, group.stderr.read().decode()
         time.sleep(0.01)
     ranks = Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split()
     for process in (group.pid, *map(int, ranks)):  # not the launcher alone: its ranks outlive it
         os.kill(process, signal.SIGKILL)
     group.communicate()
-    done = {p: p.stat().st_mtime_ns for p in folder.glob("units/*.json")}
+    done = {p: p.stat().st_mtime_ns for p in folder.glob("units/0*.json")}
     assert 0 < len(done) < 60
     main(["trace", *command(folder)[1:]])
     assert all(p.stat().st_mtime_ns == then for p, then in done.items())
@@ -224,7 +224,7 @@ def test_samples_that_cannot_be_read_are_skipped_and_listed(mllm, tmp_path):
         write_traces(*mllm[:2], bad, tmp_path / "many", **SETTINGS, on_error="skip", max_errors=2)
     folder = write_traces(*mllm[:2], bad, tmp_path / "skips", **SETTINGS, on_error="skip")
     assert [row["id"] for row in load_traces(folder).rows] == [f"s{i}" for i in range(COUNT) if i not in (3, 5, 11)]
-    skipped = [one for p in folder.glob("units/*.json") for one in json.loads(p.read_text())["skipped"]]
+    skipped = [one for p in folder.glob("units/0*.json") for one in json.loads(p.read_text())["skipped"]]
     assert sorted((one["index"], one["file"]) for one in skipped) == [(3, "3.png"), (5, "Damaged"), (11, "11.png")]
     write_traces(*mllm[:2], bad, folder, **SETTINGS, on_error="skip")
 
