@@ -132,7 +132,11 @@ EDITS = {
     "weights": (lambda m, p, s: (one_value(m), p, s), {}, "weights was .*load the one that was traced"),
     "adapter": (lambda m, p, s: (adapted(m), p, s), {}, "weights was .*another adapter"),
     "dtype": (lambda m, p, s: (copy.deepcopy(m).bfloat16(), p, s), {}, "dtype was 'float32', is 'bfloat16'"),
-    "attention": (lambda m, p, s: (attending_otherwise(m), p, s), {}, "attention was '(sdpa|eager)', is '(sdpa|eager)'"),
+    "attention": (
+        lambda m, p, s: (attending_otherwise(m), p, s),
+        {},
+        "attention was '(sdpa|eager)', is '(sdpa|eager)'",
+    ),
     "batch size": (lambda m, p, s: (m, p, s), {"batch_size": 4}, "batch_size was 2, is 4: padding changes bits"),
     "template": (lambda m, p, s: (m, p, s), {"template": "{{ messages }}"}, "processor was"),
     "answers": (lambda m, p, s: (m, p, s), {"answers": "dataset"}, "answers was 'dense'"),

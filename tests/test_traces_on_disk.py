@@ -80,7 +80,7 @@ def counted(monkeypatch, log: Path) -> None:
     def noted(folder, number, rows, manifest):
         real(folder, number, rows, manifest)
         with log.open("a") as file:
-            file.write(f"{number}\n")
+            file.write(f"{folder}/{number}\n")
 
     monkeypatch.setattr(write, "write_unit", noted)
 
@@ -133,23 +133,24 @@ def killed_after(seconds: float, work) -> bool:
 
 
 def test_kills_at_random_points_cost_a_unit_each_and_not_a_bit(mllm, whole, tmp_path, monkeypatch):
-    counted(monkeypatch, tmp_path / "log")
-    draw, folder, kills = random.Random(5), tmp_path / "traces", 0
     began = time.perf_counter()
     write_traces(*mllm[:2], samples(), tmp_path / "timed", **SETTINGS)
     takes = time.perf_counter() - began
-    (tmp_path / "log").unlink()
-    for _ in range(20):
-        world = draw.choice([1, 2, 3])
+    counted(monkeypatch, tmp_path / "log")
+    draw, kills, finished = random.Random(5), 0, 0
+    while kills < 20:
+        folder = tmp_path / str(finished)  # a new one where the last was finished too soon
+        world = draw.choice([1, 1, 2, 3])
         ranks = {"rank": draw.randrange(world), "world_size": world}
         work = partial(write_traces, *mllm[:2], samples(), folder, **SETTINGS, **ranks)
-        kills += killed_after(draw.random() * takes / 2, work)
-    assert kills > 5
-    for rank in (1, 0):
-        write_traces(*mllm[:2], samples(), folder, **SETTINGS, rank=rank, world_size=2)
-    assert files(folder) == files(whole)
+        killed = killed_after(draw.random() * takes / 3, work)
+        kills, finished = kills + killed, finished + (not killed and world == 1)
+    for folder in (tmp_path / str(i) for i in range(finished + 1)):
+        for rank in (1, 0):
+            write_traces(*mllm[:2], samples(), folder, **SETTINGS, rank=rank, world_size=2)
+        assert files(folder) == files(whole)
     written = (tmp_path / "log").read_text().split()
-    assert sorted(written) == sorted(set(written)) == [str(i) for i in range(6)]  # no finished unit was made again
+    assert len(written) == len(set(written)) == 6 * (finished + 1)  # no finished unit was made again
 
 
 def test_two_ranks_of_torchrun_killed_and_finished_by_one(mllm, tmp_path):
@@ -167,15 +168,15 @@ def test_two_ranks_of_torchrun_killed_and_finished_by_one(mllm, tmp_path):
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=(tmp_path / "log").open("w"),
     )
     while not list(folder.glob("units/0*.json")):
-        assert group.poll() is None, group.stderr.read().decode()
+        assert group.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.01)
     ranks = Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split()
     for process in (group.pid, *map(int, ranks)):  # not the launcher alone: its ranks outlive it
         os.kill(process, signal.SIGKILL)
-    group.communicate()
+    group.wait()
     done = {p: p.stat().st_mtime_ns for p in folder.glob("units/0*.json")}
     assert 0 < len(done) < 60
     main(["trace", *command(folder)[1:]])
