@@ -148,8 +148,9 @@ def load_traces(*folders: str | os.PathLike) -> TraceSet:
     if not folders:
         raise ValueError("no trace folder was named")
     first: dict[str, Any] | None = None
-    data, contents, tables = [], [], []
-    places = [torch.empty(0, 2, dtype=torch.long)]
+    data, contents, places = [], [], []
+    units: list[tuple[Path, int]] = []
+    columns: dict[str, list[Any]] = {name: [] for name in (*TENSORS, "answers")}
     for folder in map(Path, folders):
         record = _read_json(folder / PROVENANCE, f"{folder} holds no traces: make some with `dyvte trace`")
         if record.get("format") != FORMAT:
@@ -158,41 +159,35 @@ def load_traces(*folders: str | os.PathLike) -> TraceSet:
             check_mixable(folder, first, record)
         first = first or record
         data.append(record["data"])
-        found = []  # index, unit, row
-        content = []
+        index, place, content = [], [], []
         for number, manifest in _units(folder, record["samples"]):
             if not manifest.index:
                 continue
-            found += [(index, len(tables), row) for row, index in enumerate(manifest.index)]
+            index += manifest.index
+            place.append(np.stack([np.full(len(manifest.index), len(units)), np.arange(len(manifest.index))], 1))
             content.append(Content.of(manifest.digests, manifest.images))
-            tables.append(map_unit(folder, number))
-        if not found:
+            units.append((folder, number))
+            table = map_unit(folder, number)
+            for name in TENSORS:
+                columns[name].append(column_of(table, name))
+            columns["answers"].append(table.column("answers").combine_chunks())
+        if not index:
             raise ValueError(f"every sample of {folder} was skipped, see its manifests: there are no traces")
-        place = torch.tensor(found)
-        order = place[:, 0].argsort()
-        contents.append(Content.joined(content).select(order.numpy()))
-        places.append(place[order, 1:])
-    unit, row = torch.cat(places).T.contiguous()
+        order = np.argsort(index)
+        contents.append(Content.joined(content).select(order))
+        places.append(np.concatenate(place)[order])
+    unit, row = torch.from_numpy(np.concatenate(places)).T.contiguous()
     layers, size = first["num_layers"], first["hidden_size"]
     shapes = {"state": (layers, 2 * size), "visual": (size,), "dense_nll": ()}
-
-    def column(name: str) -> MappedRows:
-        return MappedRows([column_of(table, name) for table in tables], unit, row, shapes.get(name, (layers,)))
-
-    agreement = column("agreement")[:]
+    mapped = {name: MappedRows(columns[name], unit, row, shapes.get(name, (layers,))) for name in TENSORS}
+    agreement = mapped["agreement"][:]
     agreement[:, : first.get("min_layer", 1) - 1] = 0  # exits that the model does not allow count as changed answers
-    rows, content = MappedTexts(tables, unit, row), Content.joined(contents)
-    digest = DatasetDigest()
+    content, digest = Content.joined(contents), DatasetDigest()
     for shown, u, r in zip(content.samples, unit.tolist(), row.tolist()):
-        digest.update(shown.tobytes().hex(), tables[u].column("answers")[r].as_py())
+        digest.update(shown.tobytes().hex(), columns["answers"][u][r].as_py())
     return TraceSet(
-        state=column("state"),
-        visual=column("visual"),
-        agreement=agreement,
-        nll=column("nll"),
-        kl=column("kl"),
-        dense_nll=column("dense_nll")[:],
-        rows=rows,
+        **mapped | {"agreement": agreement, "dense_nll": mapped["dense_nll"][:]},
+        rows=MappedTexts(units, unit, row),
         provenance=first | {"data": data, "content": digest.hexdigest()},
         content=content,
     )
@@ -215,18 +210,19 @@ def _units(folder: Path, samples: int) -> Iterator[tuple[int, Manifest]]:
     """
     again = "run `dyvte trace` again, it goes on where it stopped"
     plan = _read_json(folder / PLAN, f"{folder} has no {PLAN}: {again}")
-    manifests, damaged = {}, []
+    finished, done, damaged = [], 0, []
     for number, planned in enumerate(plan["units"]):
         try:
             manifest = read_manifest(folder, number, planned)
             if manifest is not None:
                 verify_unit(folder, number, manifest)
-                manifests[number] = manifest
+                finished.append(number)
+                done += len(planned)
         except DamagedUnit as error:
             damaged.append(str(error))
     if damaged:
         raise ValueError(f"{len(damaged)} units are damaged ({damaged[0]}): {again} and makes them anew")
-    done = sum(len(plan["units"][number]) for number in manifests)
     if done != samples:
         raise ValueError(f"{folder} holds {done} of {samples} traces: {again}")
-    yield from manifests.items()
+    for number in finished:
+        yield number, read_manifest(folder, number, plan["units"][number])

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -181,29 +182,32 @@ class MappedRows:
 
 
 class MappedTexts(Sequence[dict[str, Any]]):
-    """The other columns of many units, a dictionary a sample.
+    """The other columns of many units, a dictionary a sample; units are opened as they are needed.
 
     Args:
-        tables: the units.
+        units: folder and number of each.
         unit, row: long [n] each, where every sample is.
     """
 
-    def __init__(self, tables: Sequence[pyarrow.Table], unit: torch.Tensor, row: torch.Tensor):
-        self.tables = [table.drop_columns(list(TENSORS)) for table in tables]
-        self.unit, self.row = unit, row
+    def __init__(self, units: Sequence[tuple[Path, int]], unit: torch.Tensor, row: torch.Tensor):
+        self.units, self.unit, self.row = units, unit, row
+        self._table = lru_cache(64)(self._open)
+
+    def _open(self, unit: int) -> pyarrow.Table:
+        return map_unit(*self.units[unit]).drop_columns(list(TENSORS))
 
     def __len__(self) -> int:
         return len(self.unit)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return MappedTexts(self.tables, self.unit[index], self.row[index])
-        return self.tables[int(self.unit[index])].slice(int(self.row[index]), 1).to_pylist()[0]
+            return MappedTexts(self.units, self.unit[index], self.row[index])
+        return self._table(int(self.unit[index])).slice(int(self.row[index]), 1).to_pylist()[0]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other))
 
     def column(self, name: str) -> list[Any]:
         """One column of all samples."""
-        columns = [table.column(name).to_pylist() for table in self.tables]
+        columns = [map_unit(*unit).column(name).to_pylist() for unit in self.units]
         return [columns[u][r] for u, r in zip(self.unit.tolist(), self.row.tolist())]
