@@ -173,14 +173,19 @@ class Handle:
         return list(getattr(self._told, "record", ()))
 
     @property
+    def _latest(self) -> PromptRecord | None:
+        told = getattr(self._told, "record", None)
+        return told[-1] if told else None
+
+    @property
     def layers(self) -> torch.Tensor | None:
         """long [batch], the exit layers of the latest prompts, see :class:`PromptRecord`; None before the first."""
-        return self.record[-1].layers if self.record else None
+        return None if self._latest is None else self._latest.layers
 
     @property
     def counts(self) -> torch.Tensor | None:
         """long [L, batch], the visual tokens that every layer worked on in the latest prompts; None before."""
-        return self.record[-1].counts if self.record else None
+        return None if self._latest is None else self._latest.counts
 
     def kept(self, layer: int) -> torch.Tensor:
         """The columns of the latest prompts that a decoder layer worked on: bool [batch, sequence].

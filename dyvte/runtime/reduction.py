@@ -46,9 +46,14 @@ class LayerView:
         return grid if self._everyone else grid[self.places.to(grid.device)]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(n, width)"""
+        return len(self.places), self.group.tokens.width
+
+    @property
     def hidden(self) -> torch.Tensor:
         """[n, width, d], the states after the layers so far, before any final norm."""
-        return self._rows(self.group.hidden)
+        return self._rows(self.spec.read(self.group.hidden))
 
     @property
     def tokens(self) -> KeptTokens:
@@ -68,8 +73,8 @@ class LayerView:
 
     def text_state(self) -> torch.Tensor:
         """float32 [n, 2d], see :class:`~dyvte.runtime.prompt.TextReader`."""
-        state = self.group.reader(self.places)(self.group.hidden)
-        self.finite = state.isfinite().all(1)
+        state = self.group.reader(self.places)(self.spec.read(self.group.hidden))
+        self.finite = state.sum(1).isfinite()
         return state
 
     def last_token(self) -> torch.Tensor:
@@ -123,6 +128,7 @@ class Reduction:
                     f"layer {outside[0]} is outside {spec.first} ... {spec.num_layers}: choose after how many of the "
                     f"{spec.num_layers} decoder layers visual tokens are dropped"
                 )
+            spec.check_largest(self.layers)
 
     def check_rows(self, rows: int) -> None:
         """Raises ``ValueError`` if it does not fit a batch of this many rows, before the model runs."""
