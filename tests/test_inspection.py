@@ -147,7 +147,7 @@ def test_inspect_writes_numbers_and_a_figure(mllm, tmp_path):
         assert len(part["similarity"]["last"]) == layers - 1
         assert part["agreement"][part["unneeded_from"] - 1] >= 0.99
     # Once more: the traces are there, the numbers stay.
-    again = inspect_model(*mllm, samples, tmp_path, batch_size=8, max_new_tokens=3, progress=False)
+    again = inspect_model(*mllm, samples, tmp_path, batch_size=5, max_new_tokens=3, progress=False)
     assert again["agreement"] == result["agreement"]
 
 
