@@ -9,10 +9,11 @@ import peft
 import pytest
 import torch
 from families import FAMILIES, LAYERS
-from models import masked_visual_columns
+from models import CACHE, masked_visual_columns
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import dyvte
+from dyvte.runtime.compat import call_cache
 
 STEPS = 6
 CHOSEN = ["llava", "qwen2_5_vl", "gemma3", "aya_vision"]
@@ -153,7 +154,7 @@ def test_streams_of_two_conversations_may_interleave():
                 mask = torch.cat([state["attention_mask"], torch.ones_like(ids)], 1)
                 position = mask.sum(1, keepdim=True) - 1
                 states[which] = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
-                states[which]["past_key_values"] = out.past_key_values
+                states[which][CACHE] = call_cache(out)
         return chosen
 
     class HalfWay(dyvte.ExitPolicy):
@@ -265,9 +266,9 @@ def test_the_system_prompt_may_be_in_the_cache_already():
     with masked_visual_columns(eager, family.visual(inputs), torch.tensor([2])):
         expected = answer(eager, inputs)
     with torch.no_grad(), dyvte.visual_exit(model, dyvte.FixedExit(2)) as handle:
-        cache = model(**prefix, use_cache=True).past_key_values
-        out = answer(model, inputs, past_key_values=copy.deepcopy(cache))
-        again = answer(model, inputs, past_key_values=cache)
+        cache = call_cache(model(**prefix, use_cache=True))
+        out = answer(model, inputs, **{CACHE: copy.deepcopy(cache)})
+        again = answer(model, inputs, **{CACHE: cache})
     assert out.tolist() == expected.tolist() == again.tolist() and handle.layers.tolist() == [2]
 
 
@@ -275,6 +276,6 @@ def test_a_cache_cannot_be_cropped_into_the_prompt():
     family = FAMILIES["llava"]
     model = family.build()
     with torch.no_grad(), dyvte.visual_exit(model, dyvte.FixedExit(2)):
-        cache = model(**family.batch([3, "image", 5]), past_key_values=DynamicCache()).past_key_values
+        cache = call_cache(model(**family.batch([3, "image", 5]), **{CACHE: DynamicCache()}))
     with pytest.raises(ValueError, match="Start a new cache"):
         cache.crop(-8)

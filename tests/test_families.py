@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, LAYERS, REFUSED, Family
-from models import masked_visual_columns
+from models import CACHE, masked_visual_columns
 
 import dyvte
+from dyvte.runtime.compat import call_cache
 
 STEPS = 4
 BATCHES = {
@@ -134,7 +135,7 @@ def continued(family: Family, inputs: dict, answer: torch.Tensor, more: dict) ->
     """The inputs of a second turn: all ids so far, and the new images only."""
     ids = torch.cat([inputs["input_ids"], answer, more["input_ids"]], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(answer), more["attention_mask"]], 1)
-    return more | {"input_ids": ids, "attention_mask": mask} | family.extra(ids)
+    return more | {"input_ids": ids, "attention_mask": mask} | family.extra_inputs(ids)
 
 
 @pytest.mark.parametrize("second", ["text", "image", "image for one"])
@@ -155,7 +156,7 @@ def test_a_second_turn(family, attention, second):
             one = generated(model, first)
         inputs = continued(family, first, one.sequences[:, -STEPS:], more)
         with context(1):
-            two = generated(model, inputs, past_key_values=one.past_key_values)
+            two = generated(model, inputs, **{CACHE: call_cache(one)})
         return two
 
     length = first["input_ids"].shape[1] + STEPS

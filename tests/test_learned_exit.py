@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from models import LAYERS, batch_of, prompt, tiny_llama, tiny_llava
+from models import CACHE, LAYERS, batch_of, prompt, tiny_llama, tiny_llava
 
 import dyvte
+from dyvte.runtime.compat import call_cache
 
 PROMPTS = [prompt(3, 5, seed=1), prompt(1, 9, seed=2), prompt(6, 1, seed=3), prompt(2, 4, seed=4), prompt(4, 4, seed=5)]
 
@@ -208,6 +209,6 @@ def test_a_decoding_step_asks_the_device_no_more_than_a_dense_one(padding):
             OnDevice.waits = []
             mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
             token = torch.randn(3, 1, width).as_subclass(OnDevice)
-            model(inputs_embeds=token, attention_mask=mask, past_key_values=cache.past_key_values)
+            model(inputs_embeds=token, attention_mask=mask, **{CACHE: call_cache(cache)})
         waits.append(list(OnDevice.waits))
     assert waits[0] == waits[1] == waits[2]

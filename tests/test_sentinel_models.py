@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import llama_config, masked_visual_columns
+from models import CACHE, llama_config, masked_visual_columns
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM, LlamaModel
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import dyvte
 from dyvte import SplicedVisualMask
+from dyvte.runtime.compat import call_cache, causal_mask
 from dyvte.runtime.decoder import find_decoder
 
 SENTINEL, IGNORE, TOKENS, CONTEXT, STEPS = -200, -100, 7, 90, 5
@@ -32,21 +32,22 @@ class TupleLlamaModel(LlamaModel):
         super().__init__(config)
         self.layers = nn.ModuleList(TupleLayer(config, index) for index in range(config.num_hidden_layers))
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-                inputs_embeds=None, use_cache=None, **kwargs):  # fmt: skip
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, use_cache=None,
+                **kwargs):  # fmt: skip
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = call_cache(kwargs)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        past = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + hidden.shape[1])[None]
-        mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values, position_ids)
+        mask = causal_mask(self.config, hidden, attention_mask, cache)
         rotation = self.rotary_emb(hidden, position_ids)
         for layer in self.layers:
             outputs = self.call(layer, hidden, attention_mask=mask, position_ids=position_ids, use_cache=use_cache,
-                                past_key_values=past_key_values, position_embeddings=rotation)  # fmt: skip
+                                position_embeddings=rotation, **{CACHE: cache})  # fmt: skip
             hidden = outputs[0]
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **{CACHE: cache})
 
     @staticmethod
     def call(layer, hidden, **others):
@@ -106,17 +107,17 @@ class SpliceModel(LlamaForCausalLM):
             new_labels if had["labels"] else None,
         )
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-                inputs_embeds=None, labels=None, use_cache=None, images=None, **kwargs):  # fmt: skip
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None,
+                use_cache=None, images=None, **kwargs):  # fmt: skip
         if inputs_embeds is None:
-            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
+            input_ids, position_ids, attention_mask, _, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
-                    input_ids, position_ids, attention_mask, past_key_values, labels, images
+                    input_ids, position_ids, attention_mask, call_cache(kwargs), labels, images
                 )
             )
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, **kwargs,
+            inputs_embeds=inputs_embeds, labels=labels, **kwargs,
         )  # fmt: skip
 
     @torch.no_grad()
