@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import transformers as tf
-from models import draw_weights
+from models import CACHE, draw_weights
 
-from dyvte.runtime.compat import PreTrainedConfig
+from dyvte.runtime.compat import PreTrainedConfig, call_cache
 
 LAYERS = 5
 PAD, IMAGE, VIDEO, START, END, BREAK = 0, 90, 91, 92, 93, 94
@@ -89,7 +89,9 @@ class Family:
         config = self.config()
         config._attn_implementation = attention
         model = draw_weights(getattr(tf, self.model)(config))
-        model.generation_config = tf.GenerationConfig(pad_token_id=PAD, suppress_tokens=SPECIAL)
+        model.generation_config = tf.GenerationConfig(
+            pad_token_id=PAD, eos_token_id=SPECIAL[-1], suppress_tokens=SPECIAL
+        )
         return model.to(dtype)
 
     def batch(self, *prompts: list[Piece], side: str = "left", seed: int = 0) -> dict[str, Any]:
@@ -117,6 +119,25 @@ class Family:
         ids = torch.tensor(padded)
         inputs = {"input_ids": ids, "attention_mask": torch.tensor(masks)} | self.extra_inputs(ids)
         return inputs | (self.collate(pixels) if any(pixels) else {})
+
+    @functools.cache  # noqa: B019
+    def sees_later_images(self) -> bool:
+        """Whether this version's ``generate`` hands the model new images on a continued cache, instead of none."""
+        if not self.later_images:
+            return False
+        model, first = self.build("eager"), self.batch([3, "image", 5])
+        scores = []
+        for seed in (1, 2):
+            more = self.batch([2, "image", 3], seed=seed)
+            ids = torch.cat([first["input_ids"], more["input_ids"]], 1)
+            ids[ids < 80] = 5  # the same text for both
+            with torch.no_grad():
+                cache = call_cache(model(**first, use_cache=True))
+                given = more | {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: cache}
+                given |= self.extra_inputs(ids)
+                out = model.generate(**given, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+            scores.append(out.logits[0])
+        return not torch.equal(*scores)
 
     def extra_inputs(self, ids: torch.Tensor) -> Pixels:
         """Further inputs from the ids, as far as this version of the model takes them."""

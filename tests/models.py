@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import zlib
 from contextlib import contextmanager
 
 import torch
@@ -32,10 +31,9 @@ def draw_weights(model, seed: int = 0, spread: float = 0.2):
 
     Far from uniform attention, so that a wrong mask shows. What starts out constant (norms, biases) stays.
     """
-    for name, weight in model.named_parameters():
+    for number, weight in enumerate(model.parameters()):
         if weight.unique().numel() > 1:
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
-            weight.normal_(0, spread, generator=generator)
+            weight.normal_(0, spread, generator=torch.Generator().manual_seed(1000 * seed + number))
     return model.eval()
 
 
@@ -70,9 +68,10 @@ def tiny_llava(attention: str = "sdpa", seed: int = 0) -> LlavaForConditionalGen
     )
     config._attn_implementation = attention
     model = draw_weights(LlavaForConditionalGeneration(config), seed)
-    model.generation_config.eos_token_id = None  # answers of full length
+    # Answers of full length, without placeholders that no image belongs to.
+    model.generation_config.eos_token_id = IMAGE_ID
+    model.generation_config.suppress_tokens = [IMAGE_ID]
     model.generation_config.pad_token_id = 0
-    model.generation_config.suppress_tokens = [IMAGE_ID]  # a placeholder that no image belongs to
     return model
 
 

@@ -46,7 +46,7 @@ def cases(draw):
     exits = draw(st.lists(st.integers(family.first, LAYERS), min_size=rows, max_size=rows))
     attention = draw(st.sampled_from(family.attentions))
     side = draw(st.sampled_from(["left", "right"])) if mode == "forward" else "left"
-    later = [[draw(text), *([draw(look)] if family.later_images and draw(st.booleans()) else []), draw(text)]
+    later = [[draw(text), *([draw(look)] if family.sees_later_images() and draw(st.booleans()) else []), draw(text)]
              for _ in range(rows)]  # fmt: skip
     return family, mode, prompts, exits, attention, side, later, draw(st.integers(0, 9))
 

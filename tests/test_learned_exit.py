@@ -27,7 +27,7 @@ def heads_for(model, inputs, form, **more):
             heads.heads.norm_bias.zero_()
             heads.heads.norm_weight.fill_(1)
         logits = heads(dyvte.trace_batch(model, inputs).state)[:, heads.config.lookahead : -1]
-    heads.config.threshold = logits.flatten().quantile(0.8).sigmoid().item()
+    heads.config.threshold = logits.flatten().quantile(0.7).sigmoid().item()
     return heads
 
 
@@ -111,7 +111,8 @@ def test_samples_with_unusual_images_stay():
     model, inputs = tiny_llava(), batch_of(*PROMPTS)
     visual = dyvte.trace_batch(model, inputs).visual
     with torch.no_grad():
-        features = torch.stack(model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output)
+        features = model.get_image_features(inputs["pixel_values"])
+        features = torch.stack(list(getattr(features, "pooler_output", features)))  # up to 4.57 the list itself
     torch.testing.assert_close(visual, features.mean(1), atol=1e-5, rtol=1e-5)
     heads = heads_for(model, inputs, "shared")
     guarded = dyvte.ExitHeads(dyvte.ExitHeadsConfig(**heads.config.to_diff_dict() | {"guard": 0.9})).eval()

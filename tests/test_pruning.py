@@ -416,6 +416,7 @@ def test_counted_flops():
 
 
 def test_as_policies_of_evaluate(tmp_path):
+    pytest.importorskip("datasets")
     from reference_mllm import build_model, build_processor
     from test_evaluation import SETTINGS
 
