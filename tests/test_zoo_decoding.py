@@ -62,6 +62,16 @@ def test_beams(subject):
         torch.testing.assert_close(out.sequences_scores[0], likely.gather(1, answer[0, :, None]).mean())
 
 
+def test_a_trace_whose_logits_are_made_in_parts(subject, monkeypatch):
+    *_, needs = allowed_exits(subject)
+    given = subject.inputs([subject.prompt(3, 5), subject.prompt(1, 9)])
+    whole = dyvte.trace_batch(subject.model, given, **needs)
+    monkeypatch.setattr("dyvte.training.trace.LOGITS_AT_ONCE", 0)
+    parts = dyvte.trace_batch(subject.model, given, **needs)
+    torch.testing.assert_close(parts.nll, whole.nll, equal_nan=True)
+    torch.testing.assert_close(parts.state, whole.state)
+
+
 def test_exits_stop_where_keys_are_read_again():
     subject = Subject("gemma4")
     _, largest, last, _ = allowed_exits(subject)
