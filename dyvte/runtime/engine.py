@@ -25,7 +25,6 @@ from dyvte.runtime.groups import Group
 from dyvte.runtime.override import Override, forward_name, override, refuse_copy
 from dyvte.runtime.placement import check_sharding
 from dyvte.runtime.prefill import PromptPass
-from dyvte.runtime.prompt import Prompt
 from dyvte.runtime.splice import SplicedVisualMask
 
 # Several prompts under way in one call of the decoder, with a cache of their own kind.
@@ -206,10 +205,9 @@ class Engine:
         hidden, cache = self.spec.by_rows(hidden), call_cache(given)
         past = cache.get_seq_length() if cache is not None else 0
         self.length = past + hidden.shape[1]
-        found: tuple[Prompt, torch.Tensor] | None = self.calls.prompt(hidden, given.get(MASK), past)
+        found = self.calls.prompt(hidden, given.get(MASK), past)
         if found is not None:
-            prompt, before = found
-            self.run = self.begin(prompt, hidden, cache, before)
+            self.run = self.begin(found[0], hidden, cache, found[1])
 
     def _end(self) -> None:
         self.run, self._masks, self.length = None, {}, 0
@@ -226,8 +224,8 @@ class Engine:
         if source is None:
             layer.expected = True
         if key not in self._masks:
-            own = self.spec.read(states)
-            self._masks[key] = layer.mask(config, own, self.calls.attention_mask, kind, given.get(MASK))
+            read, known = self.spec.read(states), self.calls.attention_mask
+            self._masks[key] = layer.mask(config, read, known, kind, given.get(MASK))
         mask = self._masks[key]  # that of the source for whoever reads its keys, for as many rows as there are
         cut = isinstance(mask, torch.Tensor) and mask.ndim == 4
         given = given | {MASK: mask[:, :, -states.shape[1] :] if cut else mask}

@@ -123,11 +123,9 @@ class Group:
         """
         batch = self.prompt.shape[0]
         samples = self.samples if self._some else None
-        tokens = None if self.whole else self.tokens
         flash = "flash" in str(spec.config._attn_implementation)
         rows = self.hidden.shape[1]  # fewer than tokens where the model goes on with the last one alone
-        if rows < self.tokens.width:
-            tokens = None
+        tokens = None if self.whole or rows < self.tokens.width else self.tokens
         fitted = {}
         for name, value in given.items():
             if name == MASK and kind.source is not None:

@@ -10,11 +10,10 @@ from dyvte.runtime.compat import TOKENWISE, PreTrainedConfig, layer_types
 
 LINEAR = ("linear_attention", "conv", "mamba", "short_conv")
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
-_SEARCH = "searches the keys by their columns in its cache, and columns shift once tokens are gone"
 REFUSED = {
     "dummy": "it has no keys and values of its own, and the config does not say whose it reads",
-    "indexed_attention": f"an indexer {_SEARCH}",
-    "minimax_m3_sparse": f"an indexer {_SEARCH}, in blocks of a fixed size",
+    "indexed_attention": "an indexer, with keys of its own in the cache, chooses by column what it attends to",
+    "minimax_m3_sparse": "an indexer chooses what it attends to in blocks of keys, counted from the first column",
     **dict.fromkeys(
         ("compressed_sparse_attention", "heavily_compressed_attention"),
         "its cache pools blocks of tokens, counted from the first column, into one",

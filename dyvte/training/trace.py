@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dyvte.runtime.arguments import argument_names
 from dyvte.runtime.calls import VisualMask
 from dyvte.runtime.decoder import DecoderSpec, visual_tokens
 from dyvte.runtime.engine import Engine
@@ -294,7 +295,8 @@ class _Head:
     def __init__(
         self, spec: DecoderSpec, rows: torch.Tensor, logits: torch.Tensor, first: torch.Tensor, returns_tuple: bool
     ):
-        self.model, self.layers, self.rows, self.returns_tuple = spec.model, spec.layers, rows, returns_tuple
+        self.spec, self.model, self.layers, self.rows = spec, spec.model, spec.layers, rows
+        self.returns_tuple = returns_tuple
         self.given = logits.unflatten(0, rows.shape[:2]) if len(logits) == rows.shape[:2].numel() else None
         if self.given is None:
             self._check(logits, first)
@@ -308,13 +310,18 @@ class _Head:
     def _run(self, rows: torch.Tensor) -> torch.Tensor:
         """What the model makes of the output of its last layer: its layers are passed by."""
 
+        states = self.spec.by_layers(rows)
+        given: dict[str, Any] = {"inputs_embeds": self.spec.read(rows)}
+        if "per_layer_inputs" in argument_names(self.spec.decoder):  # looked up by id; any will do
+            given = {"input_ids": torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)}
+
         def last(*args: Any, **kwargs: Any) -> Any:
-            return (rows,) if self.returns_tuple else rows
+            return (states,) if self.returns_tuple else states
 
         with ExitStack() as stack:
             for layer in self.layers:
                 stack.callback(override(layer, "forward", last))
-            return self.model(inputs_embeds=rows, use_cache=False).logits
+            return self.model(**given, use_cache=False).logits
 
     def _check(self, logits: torch.Tensor, first: torch.Tensor) -> None:
         """The model's own logits at the last prompt token must come out again."""
