@@ -9,7 +9,6 @@ and head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,7 +20,6 @@ from dyvte.runtime.calls import VisualMask
 from dyvte.runtime.decoder import DecoderSpec, visual_tokens, without_engine
 from dyvte.runtime.engine import Engine
 from dyvte.runtime.groups import Group
-from dyvte.runtime.override import override
 from dyvte.runtime.prefill import PromptPass
 from dyvte.runtime.prompt import Prompt
 from dyvte.runtime.splice import SplicedVisualMask
@@ -286,14 +284,13 @@ class _Head:
 
     def _run(self, rows: torch.Tensor) -> torch.Tensor:
         """What the model makes of the output of its last layer: its layers are passed by."""
-
-        def last(*args: Any, **kwargs: Any) -> Any:
-            return (rows,) if self.returns_tuple else rows
-
-        with ExitStack() as stack:
-            for layer in self.layers:
-                stack.callback(override(layer, "forward", last))
+        layers, output = self.layers._modules, (rows,) if self.returns_tuple else rows
+        own = dict(layers)
+        layers.update({name: _PassedBy(layer, output) for name, layer in own.items()})
+        try:
             return self.model(inputs_embeds=rows, use_cache=False).logits
+        finally:
+            layers.update(own)
 
     def _check(self, logits: torch.Tensor, first: torch.Tensor) -> None:
         """The model's own logits at the last prompt token must come out again."""
@@ -303,6 +300,20 @@ class _Head:
                 f"the head of {type(self.model).__name__} gives other logits for a few rows than in the whole pass, so "
                 "a trace of this size cannot be read: trace fewer samples or answer tokens at once"
             )
+
+
+class _PassedBy(nn.Module):
+    """In the place of a layer whose weights need not come, however many rows this rank has."""
+
+    def __init__(self, layer: nn.Module, output: Any):
+        super().__init__()
+        self._of, self._output = [layer], output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._output
 
 
 _REMEDY = "load the model in bfloat16 or float32 (float16 overflows in some models), or leave them out"
