@@ -20,6 +20,7 @@ from dyvte.runtime.calls import VisualMask
 from dyvte.runtime.decoder import DecoderSpec, visual_tokens, without_engine
 from dyvte.runtime.engine import Engine
 from dyvte.runtime.groups import Group
+from dyvte.runtime.placement import shared_by_ranks
 from dyvte.runtime.prefill import PromptPass
 from dyvte.runtime.prompt import Prompt
 from dyvte.runtime.splice import SplicedVisualMask
@@ -220,7 +221,10 @@ class TracePass(PromptPass):
         """States and logits are looked at when the trace is finished."""
 
     def _few(self, rows: torch.Tensor) -> bool:
-        vocabulary = self.spec.model.get_output_embeddings().weight.shape[0] if _has_head(self.spec.model) else 0
+        """Whether all logits are made at once; always so where other ranks, with other rows, share the head."""
+        if not _has_head(self.spec.model) or shared_by_ranks(head := self.spec.model.get_output_embeddings()):
+            return True
+        vocabulary = head.weight.shape[0]
         return rows.shape[:-1].numel() * vocabulary * 4 <= LOGITS_AT_ONCE
 
     @property
