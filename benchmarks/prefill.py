@@ -13,19 +13,24 @@ kept (see shapes.py).
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
+import time
+from unittest import mock
 
 import matplotlib
 import torch
 from shapes import (
     RESULTS,
     alternate,
+    heads_that_leave_at,
     interval,
     keep_memory,
     llava_shaped_decoder,
     prompt,
     record,
     seconds,
+    timed,
     timed_by_layer,
 )
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,27 +38,10 @@ from transformers import LlamaForCausalLM
 
 import dyvte
 from dyvte.evaluation.costs import prefill_flops
+from dyvte.runtime.prefill import PromptPass
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-
-
-def heads_that_leave_at(model: LlamaForCausalLM, layer: int, lookahead: int = 0) -> dyvte.ExitHeads:
-    """Heads of full cost, guard included, whose layer embedding alone decides: from ``layer`` on, yes."""
-    layers, width = model.config.num_hidden_layers, model.config.hidden_size
-    heads = dyvte.ExitHeads(
-        dyvte.ExitHeadsConfig(num_layers=layers, hidden_size=width, guard=0.99, lookahead=lookahead)
-    )
-    inner = heads.heads
-    with torch.no_grad():
-        for weight in (inner.project.weight, inner.project.bias, inner.hidden.weight, inner.hidden.bias):
-            weight.zero_()
-        inner.hidden.weight.fill_diagonal_(1)
-        inner.layer[layer - 1 :, 0] = 10
-        inner.out.weight.zero_()
-        inner.out.weight[0, 0] = 1
-        inner.out.bias.fill_(-5)
-    return heads.to(model.device)
 
 
 def original_way(model: LlamaForCausalLM, inputs: dict, visual: torch.Tensor, layer: int) -> None:
@@ -91,6 +79,23 @@ def run_under(model, inputs, visual, policy):
     return run
 
 
+def deciding(model, inputs, visual, policy, repeats: int) -> float:
+    """Seconds that a prompt spends on asking and parting samples, between its layers: the median over runs."""
+    spent: list[float] = []
+    reduce = PromptPass._reduce
+
+    def timed_reduce(run: PromptPass, index: int) -> None:
+        began = time.perf_counter()
+        reduce(run, index)
+        spent[-1] += time.perf_counter() - began
+
+    with mock.patch.object(PromptPass, "_reduce", timed_reduce), dyvte.visual_exit(model, policy, visual_mask=visual):
+        for _ in range(repeats):
+            spent.append(0.0)
+            model(**inputs, logits_to_keep=1)
+    return statistics.median(spent)
+
+
 def flops_of(model, inputs, visual, exits) -> int:
     with FlopCounterMode(display=False) as counter, dyvte.visual_exit(model, dyvte.FixedExit(exits), visual):
         model(**inputs, logits_to_keep=1)
@@ -114,10 +119,9 @@ def single(
         "dense": lambda: timed_by_layer(model, lambda: model(**inputs, logits_to_keep=1)),
         "text": lambda: timed_by_layer(model, lambda: model(**text_only, logits_to_keep=1)),
     }
-    for e in points:
-        runs[f"fixed_{e}"] = run_under(model, inputs, visual, dyvte.FixedExit(e))
-        policy = dyvte.LearnedExit(heads_that_leave_at(model, e, lookahead))
-        runs[f"learned_{e}"] = run_under(model, inputs, visual, policy)
+    policies = {f"fixed_{e}": dyvte.FixedExit(e) for e in points}
+    policies |= {f"learned_{e}": dyvte.LearnedExit(heads_that_leave_at(model, e, lookahead)) for e in points}
+    runs |= {name: run_under(model, inputs, visual, policy) for name, policy in policies.items()}
     laps = alternate(runs, repeats, warmup=1)
     originals = {}
     for e in points:
@@ -137,26 +141,21 @@ def single(
         def over_fixed(of: dict, name: str = learned, fixed=fixed) -> float:
             return seconds(of[name]) / seconds(of[fixed])
 
-        def deciding_in_place(of: dict, fixed=fixed, learned=learned) -> float:
-            before_layers = slice(1, None, 2)
-            asked, known = seconds(of[learned][:, before_layers]), seconds(of[fixed][:, before_layers])
-            return 1 + (asked - known) / seconds(of[fixed])
-
-        row = {
-            "exit_layer": e,
-            "flops_saved": saved_flops,
-            "time_saved": 1 - seconds(laps[fixed]) / seconds(laps["dense"]),
-            "time_saved_over_flops_saved": time_over_flops(laps),
-            "time_saved_over_flops_saved_interval": interval(time_over_flops, laps),
-            "learned_over_fixed": over_fixed(laps),
-            "learned_over_fixed_interval": interval(over_fixed, laps),
-            "original_over_fixed": over_fixed(original_laps, f"original_{e}"),
-            "learned_saved_time": 1 - seconds(laps[learned]) / seconds(laps["dense"]),
-        }
-        if not torch.cuda.is_available():
-            row["learned_over_fixed_in_place"] = deciding_in_place(laps)
-            row["learned_over_fixed_in_place_interval"] = interval(deciding_in_place, laps)
-        rows.append(row)
+        asked, known = (deciding(model, inputs, visual, policies[name], 9) for name in (learned, fixed))
+        rows.append(
+            {
+                "exit_layer": e,
+                "learned_over_fixed_in_place": 1 + (asked - known) / seconds(laps[fixed]),
+                "flops_saved": saved_flops,
+                "time_saved": 1 - seconds(laps[fixed]) / seconds(laps["dense"]),
+                "time_saved_over_flops_saved": time_over_flops(laps),
+                "time_saved_over_flops_saved_interval": interval(time_over_flops, laps),
+                "learned_over_fixed": over_fixed(laps),
+                "learned_over_fixed_interval": interval(over_fixed, laps),
+                "original_over_fixed": over_fixed(original_laps, f"original_{e}"),
+                "learned_saved_time": 1 - seconds(laps[learned]) / seconds(laps["dense"]),
+            }
+        )
 
     def most(of: dict) -> float:
         text_flops = prefill_flops(model.config, text, 0, layers)
@@ -218,6 +217,37 @@ def mixed_work(model: LlamaForCausalLM, eager: LlamaForCausalLM, exits: list[int
     return {"exits": exits, "flops_over_sum_alone": together / apart, "cache_over_sum_alone": held / needed}
 
 
+def ragged_decoding(model: LlamaForCausalLM, repeats: int) -> dict:
+    """What a cache without padding would cost: a decoding step of 8 samples as two groups, each with its own width.
+
+    Every group reads all weights again, which is what a step on a CPU mostly does.
+    """
+    token = prompt(model, 8, visual=0, before=0, after=1)[0]["inputs_embeds"]
+
+    def step(rows: slice):
+        inputs = {"inputs_embeds": prompt(model, 8)[0]["inputs_embeds"][rows]}
+        cache = model(**inputs, logits_to_keep=1).past_key_values
+
+        def run():
+            model(inputs_embeds=token[rows], past_key_values=cache)
+            cache.crop(-1)
+
+        return run
+
+    one, halves = step(slice(None)), [step(slice(0, 4)), step(slice(4, 8))]
+    runs = {"one": lambda: timed(one), "two": lambda: timed(lambda: [half() for half in halves])}
+    laps = alternate(runs, repeats, warmup=2)
+
+    def ratio(of: dict) -> float:
+        return seconds(of["two"]) / seconds(of["one"])
+
+    return {
+        "rounds": repeats,
+        "two_groups_over_one": ratio(laps),
+        "two_groups_over_one_interval": interval(ratio, laps),
+    }
+
+
 def draw(result: dict, name: str) -> None:
     figure, axis = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
     for case, colour in zip(result["single"], ("#0072b2", "#d55e00", "#009e73", "#cc79a7")):
@@ -267,6 +297,7 @@ def main() -> None:
             for batch, tokens in cases
         ],
         "mixed": mixed,
+        "ragged_decoding": ragged_decoding(model, 41),
     }
     name = "prefill_gpu" if cuda else "prefill"
     record(name, result)

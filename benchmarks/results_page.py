@@ -173,7 +173,7 @@ def prefill(result: dict[str, Any]) -> list[str]:
         for name, title in allocators.items()
         if name in mixed
     ]
-    laps = "A run's time is the sum of the medians of its laps, two for every decoder layer, with memory kept. "
+    laps = "A run's time is the sum of the medians of its laps, one for every decoder layer, with memory kept. "
     laps = laps if "memory_kept" in mixed else ""
     rounds = ", ".join(f"{case['rounds']} at batch {case['batch']}" for case in result["single"])
     return [
@@ -183,7 +183,7 @@ def prefill(result: dict[str, Any]) -> list[str]:
         f"drawn anew for every round ({rounds}); in brackets where a figure lies at 90 % confidence, by bootstrap over "
         f"the rounds. {laps}*At most* is time ÷ FLOPs of a prompt of the text alone: what a layer takes on so few rows "
         "sets it; what lies beyond it is noise. *Heads ÷ known exits* is what deciding costs; *in place* counts only "
-        "the time that is spent before the layers, where the heads are asked, and so is free of what else the machine "
+        "the time that is spent between the layers, where the heads are asked, and so is free of what else the machine "
         "did. The last column is the way of the original (eager attention that returns its maps, rows sliced off) over "
         "ours at the same exit layer, timed after the others in fewer rounds.",
         *grid(titles, rows),
@@ -195,10 +195,28 @@ def prefill(result: dict[str, Any]) -> list[str]:
         *grid(["time of 8 together ÷ of 8 alone", "with exits", "dense"], timed),
         "",
         f"Its cache holds {mixed['cache_over_sum_alone']:.2f} times what the samples need alone: rows of one layer "
-        "share a width.",
+        "share a width. Without that padding a decoding step would run its groups apart and read all weights for each: "
+        f"two groups of 4 take {ranged(result['ragged_decoding'], 'two_groups_over_one')} of a step of 8.",
         "",
         f"![prefill](../benchmarks/results/{'prefill' if 'CPU' in result['hardware'] else 'prefill_gpu'}.png)",
     ]
+
+
+def runtimes(result: dict[str, Any]) -> list[str]:
+    rows = [[name, ranged_ratio(row)] for name, row in result["this_over_other"].items()]
+    rows += [[name, ranged_ratio(row)] for name, row in result["within"].items() if name.startswith("this")]
+    return [
+        "## The runtime against its predecessor",
+        "",
+        f"Time of this runtime over that of commit {result['other']}, each in a process of its own, in turn; below, "
+        "ratios within this runtime. In brackets 90 % confidence.",
+        *grid(["", "ratio"], rows),
+    ]
+
+
+def ranged_ratio(row: dict[str, Any]) -> str:
+    low, high = row["interval_90"]
+    return f"{row['ratio']:.3f} ({low:.3f} … {high:.3f})"
 
 
 def stages(result: dict[str, Any]) -> list[str]:
@@ -222,6 +240,7 @@ SECTIONS = {
     "prefill": prefill,
     "prefill_gpu": prefill,
     "stages": stages,
+    "runtimes": runtimes,
 }
 
 

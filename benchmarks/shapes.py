@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dyvte.provenance import versions, write_json
+import dyvte
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -52,6 +52,24 @@ def prompt(
     return inputs, mask.to(model.device)
 
 
+def heads_that_leave_at(model: LlamaForCausalLM, layer: int, lookahead: int = 0) -> dyvte.ExitHeads:
+    """Heads of full cost, guard included, whose layer embedding alone decides: from ``layer`` on, yes."""
+    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    heads = dyvte.ExitHeads(
+        dyvte.ExitHeadsConfig(num_layers=layers, hidden_size=width, guard=0.99, lookahead=lookahead)
+    )
+    inner = heads.heads
+    with torch.no_grad():
+        for weight in (inner.project.weight, inner.project.bias, inner.hidden.weight, inner.hidden.bias):
+            weight.zero_()
+        inner.hidden.weight.fill_diagonal_(1)
+        inner.layer[layer - 1 :, 0] = 10
+        inner.out.weight.zero_()
+        inner.out.weight[0, 0] = 1
+        inner.out.bias.fill_(-5)
+    return heads.to(model.device)
+
+
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -80,9 +98,8 @@ def timed(run: Callable[[], Any]) -> list[float]:
 def timed_by_layer(model: LlamaForCausalLM, run: Callable[[], Any]) -> list[float]:
     """Seconds of a model's pass in laps: what disturbs a CPU spoils a few laps, not the run.
 
-    One lap up to the first decoder layer, then for every layer one of what hooks do before it (those of the exit) and
-    one of the layer itself; the last goes on to the end. On a GPU a single lap, since the clock could not be read
-    without waiting for the device.
+    One lap up to the first decoder layer, then one for every layer, with what is decided before it; the last goes on
+    to the end. On a GPU a single lap, since the clock could not be read without waiting for the device.
     """
     if torch.cuda.is_available():
         return timed(run)
@@ -92,8 +109,7 @@ def timed_by_layer(model: LlamaForCausalLM, run: Callable[[], Any]) -> list[floa
         marks.append(time.perf_counter())
 
     hooks = [model.register_forward_pre_hook(mark, prepend=True), model.register_forward_hook(mark)]
-    for layer in model.get_decoder().layers:
-        hooks += [layer.register_forward_pre_hook(mark, prepend=True), layer.register_forward_pre_hook(mark)]
+    hooks += [layer.register_forward_pre_hook(mark, prepend=True) for layer in model.get_decoder().layers]
     try:
         run()
     finally:
@@ -137,6 +153,8 @@ def interval(figure: Callable[[dict[str, torch.Tensor]], float], laps: dict[str,
 
 def record(name: str, result: dict[str, Any]) -> None:
     """Prints a result and writes it to results/NAME.json with versions and hardware."""
+    from dyvte.provenance import versions, write_json  # other checkouts are timed with this file too
+
     result |= {
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),

@@ -2,7 +2,18 @@
 
 from dyvte.heads import ExitHeads, ExitHeadsConfig
 from dyvte.methods import ExitPolicy, FastV, FixedExit, LearnedExit, NeverExit, RandomExit, RandomPruning
-from dyvte.runtime import Handle, LayerView, Reduction, SplicedVisualMask, TopK, attach, reduce_tokens, visual_exit
+from dyvte.runtime import (
+    Handle,
+    LayerEdit,
+    LayerView,
+    Reduction,
+    SplicedVisualMask,
+    TopK,
+    attach,
+    edit_layers,
+    reduce_tokens,
+    visual_exit,
+)
 from dyvte.training.trace import Trace, trace_batch
 from dyvte.version import __version__
 
@@ -13,6 +24,7 @@ __all__ = [
     "FastV",
     "FixedExit",
     "Handle",
+    "LayerEdit",
     "LayerView",
     "LearnedExit",
     "NeverExit",
@@ -24,6 +36,7 @@ __all__ = [
     "Trace",
     "__version__",
     "attach",
+    "edit_layers",
     "reduce_tokens",
     "trace_batch",
     "visual_exit",

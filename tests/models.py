@@ -13,7 +13,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from dyvte.runtime.decoder import find_decoder
+from dyvte.runtime.compat import call_cache
+from dyvte.runtime.locate import find_decoder
 
 IMAGE_ID = 90
 PATCHES = 16
@@ -107,7 +108,7 @@ def masked_visual_columns(model, visual: torch.Tensor, exits: torch.Tensor):
 
     def hook(index):
         def before(module, args, kwargs):
-            mask, cache = kwargs["attention_mask"], kwargs.get("past_key_values")
+            mask, cache = kwargs["attention_mask"], call_cache(kwargs)
             hidden = args[0] if args else kwargs["hidden_states"]
             assert mask is not None and mask.ndim == 4, "the definition needs an eager model"
             batch, new = hidden.shape[:2]
@@ -129,6 +130,44 @@ def masked_visual_columns(model, visual: torch.Tensor, exits: torch.Tensor):
     hooks = [
         layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(find_decoder(model).layers)
     ]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+@contextmanager
+def masked_columns(model, gone_from: torch.Tensor):
+    """The definition of any schedule: nothing sees column c in layers from ``gone_from[:, c]`` on, but itself.
+
+    Like :func:`masked_visual_columns`, it works on any eager model and in every way it may be run.
+
+    Args:
+        gone_from: long [samples, sequence], of the whole conversation.
+    """
+
+    def hook(index):
+        def before(module, args, kwargs):
+            mask = kwargs["attention_mask"]
+            cache = kwargs.get("past_key_values", kwargs.get("cache"))
+            hidden = args[0] if args else kwargs["hidden_states"]
+            assert mask is not None and mask.ndim == 4, "the definition needs an eager model"
+            batch, new = hidden.shape[:2]
+            past = cache.get_seq_length(index) if cache is not None else 0
+            total, rows = past + new, batch // len(gone_from)
+            gone = torch.zeros(len(gone_from), max(total, gone_from.shape[1]), dtype=torch.bool)
+            gone[:, : gone_from.shape[1]] = gone_from <= index
+            keys = torch.arange(total - mask.shape[-1], total)
+            itself = torch.arange(past, total)[:, None] == keys
+            blocked = gone[:, keys].repeat_interleave(rows, 0)[:, None, None, :] & ~itself
+            mask = mask.expand(batch, -1, -1, -1).masked_fill(blocked, torch.finfo(mask.dtype).min)
+            return args, kwargs | {"attention_mask": mask}
+
+        return before
+
+    layers = find_decoder(model).layers
+    hooks = [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
         yield
     finally:

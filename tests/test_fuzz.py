@@ -1,4 +1,4 @@
-"""Random families, prompts, paddings, exits and ways of decoding: the exit equals its definition.
+"""Random families, prompts, paddings, exits, schedules and ways of decoding: all equal their definition.
 
 A handful of cases by default; ``DYVTE_FUZZ_CASES=2000 pytest tests/test_fuzz.py`` for many.
 """
@@ -11,7 +11,7 @@ import torch
 from families import FAMILIES, LAYERS, Family
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from models import masked_visual_columns
+from models import masked_columns, masked_visual_columns
 
 import dyvte
 
@@ -100,14 +100,98 @@ def test_any_case_equals_the_definition(case):
         expected_ids, expected = run(eager, family, mode, inputs, more, seed)
     with dyvte.visual_exit(model, dyvte.FixedExit(exits.repeat_interleave(rows))) as handle:
         ids, logits = run(model, family, mode, inputs, more, seed)
-    tolerance = 1e-5
-    if (logits - expected).abs().max() > tolerance:
-        # Rarely eager and SDPA attention differ by as much with no exit at all: then by twice that, at most 5e-5.
-        dense = [run(one, family, mode, inputs, more, seed)[1] for one in (eager, model)]
-        apart = (dense[0] - dense[1]).abs().max().item()
-        tolerance = min(2 * apart, 5e-5) if apart > tolerance else tolerance
+    equal(logits, expected, lambda: [run(one, family, mode, inputs, more, seed)[1] for one in (eager, model)])
     # Equal logits make equal ids, but for ties closer than the tolerance, which beams can meet.
-    torch.testing.assert_close(logits, expected, atol=tolerance, rtol=1e-4)
     assert expected_ids is None or ids.tolist() == expected_ids.tolist()
     if mode != "two turns":
         assert handle.layers.tolist() == leaves(visual, exits).repeat_interleave(rows).tolist()
+
+
+def equal(logits: torch.Tensor, expected: torch.Tensor, dense) -> None:
+    """Within 1e-5; rarely eager and SDPA differ by as much with no exit at all: then by twice that, at most 5e-5."""
+    tolerance = 1e-5
+    if (logits - expected).abs().max() > tolerance:
+        eager, model = dense()
+        apart = (eager - model).abs().max().item()
+        tolerance = min(2 * apart, 5e-5) if apart > tolerance else tolerance
+    torch.testing.assert_close(logits, expected, atol=tolerance, rtol=1e-4)
+
+
+class Schedule(dyvte.Reduction):
+    """Any table: column c of sample b is gone from layer ``gone_from[b, c]`` on.
+
+    Args:
+        gone_from: long [samples, columns], of a conversation whose latest turn ends with its last column; a prompt that
+            is longer has what was generated at its end.
+    """
+
+    def __init__(self, gone_from: torch.Tensor, first_turn: bool):
+        self.gone_from, self.first_turn = gone_from, first_turn
+
+    def select(self, view):
+        table, (_, length) = self.gone_from, view.prompt.shape
+        table = torch.nn.functional.pad(table, (0, max(length - table.shape[1], 0)), value=LAYERS + 1)
+        table = table[:, :length] if self.first_turn else table[:, table.shape[1] - length :]
+        return table[view.samples // view.prompt.copies].gather(1, view.tokens.index) > view.layer
+
+
+@settings(
+    max_examples=CASES, deadline=None, derandomize=CASES <= 40, print_blob=True,
+    suppress_health_check=list(HealthCheck), database=None,
+)  # fmt: skip
+@given(cases(), st.integers(0, 2**31), st.sampled_from([0.0, 0.5]))
+def test_any_schedule_equals_the_definition(case, table_seed, never):
+    """Every visual column goes at a layer of its own, or never."""
+    family, mode, prompts, _, attention, side, later, seed = case
+    inputs, more = family.batch(*prompts, side=side, seed=seed), family.batch(*later, seed=seed + 1)
+    if mode == "prompt lookup":
+        repetitive(inputs)
+    visual = family.visual(inputs)
+    whole = visual
+    if mode == "two turns":
+        whole = torch.cat([visual, torch.zeros(len(visual), STEPS, dtype=torch.bool), family.visual(more)], 1)
+    generator = torch.Generator().manual_seed(table_seed)
+    table = torch.randint(first_drop(family), LAYERS, whole.shape, generator=generator)
+    table[(torch.rand(whole.shape, generator=generator) < never) | ~whole] = LAYERS + 1
+    eager, model = family.build("eager"), family.build(attention)
+    with masked_columns(eager, table):
+        expected_ids, expected = run(eager, family, mode, inputs, more, seed)
+    turns = [Schedule(table[:, : visual.shape[1]], True), Schedule(table, False)]
+    ids, logits, counts = run_reduced(model, turns, family, mode, inputs, more, seed)
+    equal(logits, expected, lambda: [run(one, family, mode, inputs, more, seed)[1] for one in (eager, model)])
+    assert expected_ids is None or ids.tolist() == expected_ids.tolist()
+    rows = max(MODES[mode].get("num_beams", 1), MODES[mode].get("num_return_sequences", 1))
+    for layer in range(LAYERS):
+        kept = (visual & (table[:, : visual.shape[1]] > layer)).sum(1)
+        assert counts[layer].tolist() == kept.repeat_interleave(rows).tolist()
+
+
+def first_drop(family: Family) -> int:
+    """Columns may go before the first layer, but where the model adds features to them later on."""
+    return 0 if family.first == 1 else family.first
+
+
+def run_reduced(model, turns, family, mode, inputs, more, seed):
+    """Like :func:`run`, each turn under a reduction of its own; also the counts of the first prompt."""
+    counts = []
+
+    def under(turn):
+        return dyvte.reduce_tokens(model, turns[turn])
+
+    if mode != "two turns":
+        with under(0) as handle:
+            ids, logits = run(model, family, mode, inputs, more, seed)
+        return ids, logits, handle.record[0].counts
+    arguments = {"max_new_tokens": STEPS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        with under(0) as handle:
+            out = model.generate(**inputs, **arguments)
+        counts = handle.record[0].counts
+        answer = out.sequences[:, -STEPS:]
+        ids = torch.cat([inputs["input_ids"], answer, more["input_ids"]], 1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(answer), more["attention_mask"]], 1)
+        following = more | {"input_ids": ids, "attention_mask": mask} | family.extra(ids)
+        with under(1):
+            out = model.generate(**following, past_key_values=out.past_key_values, **arguments)
+    return out.sequences, torch.cat(out.logits), counts

@@ -15,7 +15,7 @@ from models import IMAGE_ID, LAYERS, PATCHES, batch_of, llama_config, prompt, ti
 import dyvte
 from dyvte import FastV, RandomPruning, reduce_tokens
 from dyvte.evaluation.costs import attention_flops, layer_flops, pass_flops
-from dyvte.runtime.decoder import find_decoder
+from dyvte.runtime.locate import find_decoder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 RAGGED = [prompt(3, 5, seed=1), prompt(1, 9, seed=2), prompt(6, 1, seed=3), prompt(2, 4, images=2, seed=4)]
@@ -84,14 +84,16 @@ def greedy(model, inputs, gone_from, steps=STEPS):
             position = (mask.cumsum(1) - 1).clamp(min=0)
             given = inputs | {"input_ids": ids, "attention_mask": mask, "position_ids": position}
             logits.append(model(**given, use_cache=False).logits[:, -1])
-            chosen.append(logits[-1].argmax(-1))
+            words = logits[-1].clone()
+            words[:, IMAGE_ID] = -torch.inf  # without a cache the model would look for its pixels
+            chosen.append(words.argmax(-1))
             ids = torch.cat([ids, chosen[-1][:, None]], 1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return torch.stack(chosen, 1), logits
 
 
 def generate(model, inputs, **more):
-    settings = {"max_new_tokens": STEPS, "do_sample": False} | more
+    settings = {"max_new_tokens": STEPS, "do_sample": False, "suppress_tokens": [IMAGE_ID]} | more
     with torch.no_grad():
         return model.generate(**inputs, **settings)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from models import IMAGE_ID, LAYERS, batch_of, masked_visual_columns, prompt, tiny_llama, tiny_llava
@@ -151,3 +153,60 @@ def test_no_hook_stays_behind():
 def test_bad_input(change, match):
     with pytest.raises(ValueError, match=match):
         dyvte.trace_batch(tiny_llava(), batch_of(prompt(3, 5)) | change)
+
+
+@pytest.mark.parametrize(
+    ("exits", "expected"), [(None, [1, 2, 3, 4, 5]), (2, [1, 3, 5]), (3, [1, 4, 5]), ([4, 2, 6], [2, 4]), (9, [1, 5])]
+)
+def test_some_exits_only(exits, expected):
+    inputs, model = with_answers("left"), tiny_llava()
+    every, some = dyvte.trace_batch(model, inputs), dyvte.trace_batch(model, inputs, exits=exits)
+    columns, others = [e - 1 for e in [*expected, LAYERS]], [e - 1 for e in range(1, LAYERS) if e not in expected]
+    for name in ("agreement", "nll", "kl"):
+        torch.testing.assert_close(getattr(some, name)[:, columns], getattr(every, name)[:, columns])
+    assert bool((some.agreement[:, others] == 0).all()) and bool(some.nll[:, others].isnan().all())
+    torch.testing.assert_close(some.state, every.state)
+
+
+@pytest.mark.parametrize("exits", [0, True, "all", [], [0, 2], [3, 7], [2.0]])
+def test_exits_that_cannot_be_traced(exits):
+    with pytest.raises(ValueError, match="exits"):
+        dyvte.trace_batch(tiny_llava(), batch_of(prompt(3, 5)), exits=exits)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_logits_may_be_made_in_parts(labels, monkeypatch):
+    """Where all of them at once would be too large, the head runs on some rows after the other."""
+    inputs, model = with_answers("left"), tiny_llava()
+    if not labels:
+        inputs.pop("labels")
+    whole, widths = dyvte.trace_batch(model, inputs), []
+    model.lm_head.register_forward_hook(lambda module, args, output: widths.append(output.shape[:2].numel()))
+    monkeypatch.setattr("dyvte.training.trace.LOGITS_AT_ONCE", 4 * 4 * 100)
+    parts = dyvte.trace_batch(model, inputs)
+    assert len(widths) > 1 and max(widths) <= 4
+    for field in dataclasses.fields(whole):
+        torch.testing.assert_close(getattr(parts, field.name), getattr(whole, field.name), atol=1e-5, rtol=1e-4)
+
+
+def test_a_head_that_depends_on_its_place_is_refused(monkeypatch):
+    inputs, model, calls = with_answers("left"), tiny_llava(), []
+
+    def drift(module, args, output):
+        calls.append(1)
+        return output * len(calls)
+
+    model.lm_head.register_forward_hook(drift)
+    monkeypatch.setattr("dyvte.training.trace.LOGITS_AT_ONCE", 1)
+    with pytest.raises(ValueError, match="gives other logits for a few rows"):
+        dyvte.trace_batch(model, inputs)
+
+
+def test_a_callable_mask_and_a_named_decoder():
+    model, inputs = tiny_llava(), with_answers("left")
+    expected = dyvte.trace_batch(model, inputs)
+    told = dyvte.trace_batch(
+        model, inputs, visual_mask=lambda call: call["input_ids"] == IMAGE_ID, decoder="model.language_model"
+    )
+    torch.testing.assert_close(told.nll, expected.nll)
+    torch.testing.assert_close(told.state, expected.state)

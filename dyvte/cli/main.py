@@ -97,7 +97,8 @@ COMMANDS: dict[str, tuple[str, dict[str, Key]]] = {
             "policies": Key(
                 {"learned": {}},
                 "what to compare with the dense model: learned {threshold, min_layer, heads}, fixed-6 {layer}, "
-                "random {p, seed}, oracle {traces}, vtw {traces, eta, first}, fastv-50, prune-50 {layer, keep, exit}",
+                "random {p, seed}, oracle {traces}, vtw {traces, eta, first}, fastv-50, prune-50 {layer, keep}, or any "
+                "of dyvte.methods.METHODS; exit: {fixed: {layer: 6}} lets what is left leave later",
             ),
             "batch_size": Key(8, "samples per forward pass"),
             "max_new_tokens": Key(None, "longest answer; default: what the data asks for, else 16"),
@@ -302,27 +303,24 @@ def calibrate(config: dict[str, Any]) -> None:
 def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any]:
     """Policies by name from a config; the part of a name before the first dash says what it is."""
     from dyvte.heads import ExitHeads
-    from dyvte.methods import FastV, RandomPruning
-    from dyvte.methods.exits import FixedExit, LearnedExit, NeverExit, RandomExit
+    from dyvte.methods import METHODS, LearnedExit, by_name
     from dyvte.training.vtw import vtw_exit
 
-    makers = {"fixed": FixedExit, "random": RandomExit, "never": NeverExit, "learned": LearnedExit, "oracle": oracle}
-    makers |= {"vtw": vtw_exit, "fastv": FastV, "prune": RandomPruning}
+    def learned(heads: str | None = heads, **settings: Any) -> LearnedExit:
+        if heads is None:
+            raise ValueError("it needs exit heads: set heads=FOLDER")
+        return LearnedExit(ExitHeads.from_pretrained(heads), **settings)
+
+    makers = {"learned": learned, "oracle": oracle, "vtw": vtw_exit}
     policies = {}
     for name, settings in described.items():
-        maker = makers.get(name.split("-")[0])
-        if maker is None:
-            raise ValueError(f"unknown policy {name!r}: start its name with one of {', '.join(makers)}")
-        settings = dict(settings or {})
-        if maker is LearnedExit:
-            folder = settings.pop("heads", heads)
-            if folder is None:
-                raise ValueError(f"policy {name!r} needs exit heads: set heads=FOLDER")
-            settings["heads"] = ExitHeads.from_pretrained(folder)
-        later = settings.pop("exit", None) if maker in (FastV, RandomPruning) else None
+        kind, settings = name.split("-")[0], dict(settings or {})
+        if kind not in makers and kind not in METHODS:
+            raise ValueError(f"unknown policy {name!r}: start its name with one of {', '.join([*makers, *METHODS])}")
+        later = settings.pop("exit", None) if kind in METHODS else None
         try:
-            policies[name] = maker(**settings)
-        except TypeError as error:
+            policies[name] = makers[kind](**settings) if kind in makers else by_name(kind, **settings)
+        except (TypeError, ValueError) as error:
             raise ValueError(f"wrong settings for policy {name!r}: {error}") from None
         if later is not None:
             (leaving,) = make_policies(later, heads).values()

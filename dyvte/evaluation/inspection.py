@@ -29,7 +29,7 @@ from dyvte.evaluation.store import samples_fingerprint
 from dyvte.provenance import hardware, versions, weights_fingerprint, write_json
 from dyvte.report.style import STYLE
 from dyvte.runtime.attention import find_attention
-from dyvte.runtime.decoder import find_decoder, underlying_model
+from dyvte.runtime.locate import find_decoder, underlying_model
 from dyvte.training.store import TraceSet, load_traces, write_traces
 
 

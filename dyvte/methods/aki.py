@@ -6,7 +6,12 @@ put to a model that was not, it is an experiment.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
+
+from dyvte.runtime.edits import LayerEdit
+from dyvte.runtime.view import LayerView
 
 
 def mask(visual: torch.Tensor, question: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
@@ -27,3 +32,24 @@ def mask(visual: torch.Tensor, question: torch.Tensor, valid: torch.Tensor | Non
     causal = torch.ones(visual.shape[1], visual.shape[1], dtype=torch.bool, device=visual.device).tril()
     seen = causal | visual[:, :, None] & question[:, None, :]
     return seen if valid is None else seen & valid[:, None, :]
+
+
+class AKI(LayerEdit):
+    """Visual tokens see the text after the last image of their prompt, see :func:`mask`; answers are causal.
+
+    Saves nothing. The question is all text of the prompt after its last visual token, the words that open the answer
+    included.
+
+    Args:
+        layers: the layers edited, from 0; None: all, as published.
+
+    Raises:
+        ValueError: on attaching: a layer that the model has not, or attention without such masks.
+    """
+
+    def __init__(self, layers: Collection[int] | None = None):
+        self.edited = layers
+
+    def sees(self, view: LayerView, seen: torch.Tensor) -> torch.Tensor:
+        visual, question = view.visual.to(seen.device), view.after_image().to(seen.device)
+        return seen | visual[:, :, None] & question[:, None, :]

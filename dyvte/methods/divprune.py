@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from dyvte.methods.before_decoder import BeforeDecoder
+from dyvte.methods.selection import share_count
+from dyvte.runtime.reduction import LayerView
+
 
 def select(features: torch.Tensor, count: int | torch.Tensor, among: torch.Tensor | None = None) -> torch.Tensor:
     """The greedy answer to the max-min diversity problem under the cosine distance.
@@ -41,3 +45,21 @@ def select(features: torch.Tensor, count: int | torch.Tensor, among: torch.Tenso
         latest = distance[row, best]
         nearest = latest if index == 0 else nearest.minimum(latest)
     return kept
+
+
+class DivPrune(BeforeDecoder):
+    """Keeps, before the decoder, the visual tokens of each prompt that are farthest from each other.
+
+    Args:
+        keep: the share of all visual tokens of the prompt kept, 0 ... 1, rounded half up, at least one unless 0.
+
+    Raises:
+        ValueError: a share outside 0 ... 1.
+    """
+
+    def __init__(self, keep: float):
+        share_count(keep, torch.tensor(0))
+        self.keep = keep
+
+    def choose(self, view: LayerView) -> torch.Tensor:
+        return select(view.hidden, share_count(self.keep, view.total), view.visual)

@@ -7,6 +7,9 @@ import math
 import torch
 import torch.nn.functional as F
 
+from dyvte.methods.selection import images
+from dyvte.runtime.reduction import LayerView, Reduction
+
 
 def resize(pixels: torch.Tensor, size: int | tuple[int, int]) -> torch.Tensor:
     """Smaller images, by bilinear interpolation with antialiasing, which stays within the range of the pixels.
@@ -34,3 +37,64 @@ def resize(pixels: torch.Tensor, size: int | tuple[int, int]) -> torch.Tensor:
     if tuple(size) == (height, width):
         return pixels
     return F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def cells(side: int, size: int) -> torch.Tensor:
+    """The token nearest to the middle of each cell of a square grid cut into size x size: long [size * size].
+
+    Cells are those of ``adaptive_avg_pool2d``: they overlap by a row where the sides do not divide.
+    """
+    first = torch.arange(size) * side // size
+    last = -(-(torch.arange(size) + 1) * side // size) - 1
+    middle = (first + last) // 2
+    return (middle[:, None] * side + middle).flatten()
+
+
+class Downsample(Reduction):
+    """Averages, before the decoder, each image's square grid of visual tokens to a coarser one.
+
+    The control for models that make the same number of visual tokens of every image, whatever its size, where
+    :func:`resize` saves nothing. A mean stands at the token nearest to the middle of its cell, with its position. An
+    image is what stands together in the prompt.
+
+    Args:
+        size: side of the coarser grid, in tokens; an image whose grid is no larger stays as it is.
+
+    Raises:
+        ValueError: a size below 1. In a call: an image that is no square.
+    """
+
+    layers = (0,)
+
+    def __init__(self, size: int):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"size must be the side of a grid of visual tokens, 1 or more, not {size!r}")
+        self.size = size
+
+    def select(self, view: LayerView) -> torch.Tensor:
+        keep = torch.zeros_like(view.visual)
+        for rows, columns, places in self._grids(view.visual):
+            keep[rows, columns[:, places]] = True
+        return keep
+
+    def update(self, view: LayerView, keep: torch.Tensor) -> torch.Tensor:
+        hidden = view.hidden.clone()
+        for rows, columns, places in self._grids(view.visual.to(hidden.device)):
+            side = math.isqrt(columns.shape[1])
+            if side > self.size:
+                grid = hidden[rows, columns].transpose(1, 2).unflatten(2, (side, side))
+                hidden[rows, columns[:, places]] = F.adaptive_avg_pool2d(grid, self.size).flatten(2).transpose(1, 2)
+        return hidden
+
+    def _grids(self, visual: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Rows and columns of the images, and which of their tokens stay."""
+        found = []
+        for rows, columns in images(visual):
+            side = math.isqrt(columns.shape[1])
+            if side * side != columns.shape[1]:
+                raise ValueError(
+                    f"an image of {columns.shape[1]} visual tokens is no square grid that could be averaged: make its "
+                    "pixels fewer instead (downsample.resize)"
+                )
+            found.append((rows, columns, cells(side, min(self.size, side)).to(visual.device)))
+        return found

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from dyvte.methods.selection import images
+from dyvte.runtime.reduction import LayerView, Reduction, first_copies
+
 
 class Folded(NamedTuple):
     """What a fold leaves.
@@ -47,10 +50,15 @@ def merge(
         ValueError: fewer than two tokens would stay.
     """
     folded = fold(features, remove, metric, protect_first)
-    tokens, left = features.shape[1], folded.features.shape[1]
-    if remove == 0 or (remove <= (tokens - 1) // 2 and remove >= left // 2):
-        return folded.features, folded.sizes
-    return folded.features * factor(folded.sizes).to(features.dtype)[..., None], folded.sizes
+    return scaled(folded, remove), folded.sizes
+
+
+def scaled(folded: Folded, remove: int) -> torch.Tensor:
+    """The features with the factor for size where :func:`merge` has it: [n, tokens - remove, d]."""
+    left = folded.features.shape[1]
+    if remove == 0 or (remove <= (left + remove - 1) // 2 and remove >= left // 2):
+        return folded.features
+    return folded.features * factor(folded.sizes).to(folded.features.dtype)[..., None]
 
 
 def factor(sizes: torch.Tensor) -> torch.Tensor:
@@ -156,3 +164,48 @@ def _gather_sums(values: torch.Tensor, target: torch.Tensor, removed: int) -> to
     """Adds up what goes to the same place: [n, tokens, d] to [n, tokens - removed, d]."""
     out = values.new_zeros(values.shape[0], values.shape[1] - removed, values.shape[2])
     return out.scatter_add_(1, target[..., None].expand_as(values), values)
+
+
+class Folder(Reduction):
+    """Merges, before the decoder, the most similar visual tokens of each image, in the simplified form.
+
+    A merged token stands where the one stood that took the others in, with its position; the reference renumbers. An
+    image is what stands together in the prompt: tokens of tiles with nothing between them are folded together.
+
+    Args:
+        remove: the share of each image's tokens that is removed, 0 <= share < 1, rounded down as in the reference,
+            whose settings are .5 and .66; two tokens stay in any case.
+
+    Raises:
+        ValueError: another share.
+    """
+
+    layers = (0,)
+
+    def __init__(self, remove: float = 0.5):
+        if isinstance(remove, bool) or not isinstance(remove, (int, float)) or not 0 <= remove < 1:
+            raise ValueError(f"remove must be the share of visual tokens removed, 0 <= share < 1, not {remove!r}")
+        self.remove = remove
+
+    def select(self, view: LayerView) -> torch.Tensor:
+        kept = self._folded(view)[0]
+        return kept[first_copies(view).to(kept.device)]
+
+    def update(self, view: LayerView, keep: torch.Tensor) -> torch.Tensor:
+        return self._folded(view)[1]
+
+    def _folded(self, view: LayerView) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens stay, bool [n, width], and the new states [n, width, d]."""
+        return view.group.memo(lambda: self._fold(view), "folded", self, view.group.hidden, view.places)
+
+    def _fold(self, view: LayerView) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, kept = view.hidden.clone(), view.visual.clone()
+        for rows, columns in images(view.visual.to(hidden.device)):
+            tokens = columns.shape[1]
+            remove = min(int(tokens * self.remove), max(tokens - 2, 0))
+            folded = fold(hidden[rows, columns], remove)
+            places = columns.gather(1, folded.columns)
+            hidden[rows, places] = scaled(folded, remove)
+            kept[rows.to(kept.device), columns.to(kept.device)] = False
+            kept[rows.to(kept.device), places.to(kept.device)] = True
+        return kept, hidden

@@ -7,9 +7,15 @@ from, averaged over heads; a token's significance is what all tokens give it; a 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from dyvte.methods.before_decoder import BeforeDecoder
 from dyvte.methods.selection import received, share_count, top
+from dyvte.runtime.decoder import DecoderSpec
+from dyvte.runtime.reduction import LayerView
+from dyvte.runtime.vision import VisionTower
 
 
 def scores(attention: torch.Tensor, cls_token: bool = True) -> torch.Tensor:
@@ -60,3 +66,38 @@ def by_row(significance: torch.Tensor, keep: float, width: int) -> torch.Tensor:
 
 def _count(significance: torch.Tensor, keep: float) -> int:
     return int(share_count(keep, torch.tensor(significance.shape[1])))
+
+
+class FoPru(BeforeDecoder):
+    """Keeps the patches of each image, or rows of its grid, that the vision tower attends to most.
+
+    Args:
+        keep: the share of each image's visual tokens kept, 0 ... 1; see :func:`by_rank` and :func:`by_row`.
+        by: "rank", or "row" for whole rows of a square grid.
+
+    Raises:
+        ValueError: a share outside 0 ... 1, or another strategy. On attaching: the model has no vision tower that can
+            be read. In a call: there is not one visual token for each patch, or patches form no square.
+    """
+
+    reads_vision = slice(-2, -1)
+
+    def __init__(self, keep: float, by: str = "rank"):
+        share_count(keep, torch.tensor(0))
+        if by not in ("rank", "row"):
+            raise ValueError(f"by must be 'rank' or 'row', not {by!r}")
+        self.keep, self.by = keep, by
+
+    def check(self, spec: DecoderSpec) -> None:
+        super().check(spec)
+        VisionTower(spec.model)
+
+    def choose(self, view: LayerView) -> torch.Tensor:
+        tower = view.vision.tower
+        significance = scores(view.vision.weights(len(tower.attentions) - 2), tower.cls)
+        if self.by == "rank":
+            return view.of_patches(by_rank(significance, self.keep))
+        side = math.isqrt(significance.shape[1])
+        if side * side != significance.shape[1]:
+            raise ValueError(f"{significance.shape[1]} patches form no square grid: choose by='rank'")
+        return view.of_patches(by_row(significance, self.keep, side))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from dyvte.methods.selection import received, rows_after
+from dyvte.runtime.reduction import LayerView, TopK
 
 
 def text_to_image(attention: torch.Tensor, visual: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
@@ -44,3 +45,28 @@ def image_to_image(attention: torch.Tensor, visual: torch.Tensor) -> torch.Tenso
         float32 [n, s], 0 at columns that are not visual.
     """
     return received(attention, visual).where(visual, 0)
+
+
+class HiMAP(TopK):
+    """Keeps what the text reads from the image at layer K1, and of that what the image reads from itself at K2.
+
+    Args:
+        layers: K1 and K2, how many decoder layers see all, and all that were left, 1 ... L, counted as exit layers are.
+        keep: the shares of *all* visual tokens that go on from K1 and from K2, 0 ... 1; see :meth:`TopK.count`.
+
+    Raises:
+        ValueError: the layers do not ascend from 1 on, or a share is none.
+    """
+
+    reads_attention = True
+
+    def __init__(self, layers: tuple[int, int] = (2, 8), keep: tuple[float, float] = (0.5, 0.125)):
+        if len(layers) != 2 or len(keep) != 2 or not 1 <= layers[0] < layers[1]:
+            raise ValueError(
+                f"HiMAP prunes at two layers, 1 <= K1 < K2, with a share for each, not {layers} and {keep}"
+            )
+        super().__init__(dict(zip(layers, keep)))
+        self.text_layer = layers[0]
+
+    def score(self, view: LayerView) -> torch.Tensor:
+        return view.attention_from(view.after_image() if view.layer == self.text_layer else view.visual)

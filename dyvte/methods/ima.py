@@ -7,10 +7,14 @@ while decoding. A skipped block reuses the keys and values of the layer before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.nn.functional as F
+
+from dyvte.runtime.edits import LayerEdit
+from dyvte.runtime.feed_forward import by_rows
+from dyvte.runtime.view import LayerView
 
 
 def alignment(hidden: torch.Tensor, visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -60,3 +64,43 @@ def skipped_layers(num_layers: int, interval: int | Sequence[int], start: int = 
         for layer in range(max(start, 0) + 1, min(end, num_layers))
         if layer % intervals[min(layer // length, len(intervals) - 1)] == 0
     ]
+
+
+class SkipComputations(LayerEdit):
+    """In some layers attention, FFN or both add nothing to some tokens.
+
+    A skipped FFN is really not computed. What a skipped attention saves is theoretical: it runs, since other tokens
+    read its keys, and what it gives to those that skip it is thrown away. (The reference gives a skipped block the keys
+    of the layer before; here they are the layer's own.)
+
+    Args:
+        layers: the layers edited, from 0; None: all. :func:`skipped_layers` for the published patterns.
+        part: "block", "attention" or "ffn".
+        rows: "visual": visual tokens; "prompt": the whole prompt; "all": the answer, too.
+
+    Raises:
+        ValueError: another part or other rows. On attaching: a layer that the model has not.
+    """
+
+    def __init__(self, layers: Collection[int] | None, part: str = "ffn", rows: str = "visual"):
+        if part not in ("block", "attention", "ffn") or rows not in ("visual", "prompt", "all"):
+            raise ValueError(
+                f"part must be 'block', 'attention' or 'ffn' and rows 'visual', 'prompt' or 'all', not {part!r} and "
+                f"{rows!r}"
+            )
+        self.edited, self.part, self.rows = layers, part, rows
+        self.decoding = rows == "all"
+
+    def attention(self, view: LayerView | None, output: torch.Tensor) -> torch.Tensor:
+        return output if self.part == "ffn" else output.masked_fill(self._skipping(view, output)[..., None], 0)
+
+    def ffn(
+        self, view: LayerView | None, ffn: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor
+    ) -> torch.Tensor:
+        return ffn(states) if self.part == "attention" else by_rows(states, self._skipping(view, states), ffn, None)
+
+    def _skipping(self, view: LayerView | None, states: torch.Tensor) -> torch.Tensor:
+        """bool [n, width]"""
+        if self.rows == "visual":
+            return view.visual.to(states.device)
+        return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)

@@ -11,6 +11,11 @@ from __future__ import annotations
 
 import torch
 
+from dyvte.methods.selection import top
+from dyvte.runtime.decoder import DecoderSpec
+from dyvte.runtime.reduction import LayerView, Reduction, first_copies
+from dyvte.runtime.vision import VisionTower
+
 
 def knee(scores: torch.Tensor, among: torch.Tensor | None = None) -> torch.Tensor:
     """How many scores lie before the bend of the sorted curve.
@@ -37,3 +42,40 @@ def knee(scores: torch.Tensor, among: torch.Tensor | None = None) -> torch.Tenso
     bend, depth = below.argmax(1), below.amax(1)
     slack = 1e-9 * (first - last)[:, 0]  # what rounding makes of a straight line
     return bend.where(depth > slack, total[:, 0])
+
+
+class ImageTextInteraction(Reduction):
+    """Keeps the head of each image's CLS attention, and of that the head of what the text attends to.
+
+    How many that is follows from the curves: another number for every image. Positions stay (whoever cuts before the
+    decoder renumbers).
+
+    Args:
+        layer: of the second cut: how many decoder layers see all that the first left, 1 ... L; 2 is our choice.
+
+    Raises:
+        ValueError: a layer below 1. On attaching: the model has no vision tower with a CLS token. In a call: there is
+            not one visual token for each patch.
+    """
+
+    reads_attention = True
+    reads_vision = slice(-2, -1)
+
+    def __init__(self, layer: int = 2):
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
+            raise ValueError(f"layer must be a number of decoder layers, 1 or more, not {layer!r}")
+        self.layers = (0, layer)
+
+    def check(self, spec: DecoderSpec) -> None:
+        super().check(spec)
+        VisionTower(spec.model).check_cls()
+
+    def select(self, view: LayerView) -> torch.Tensor:
+        if view.layer == 0:
+            scores = view.vision.cls_rows(len(view.vision.tower.attentions) - 2).mean(1)
+            chosen = view.of_patches(top(scores, knee(scores)))
+        else:
+            scores = view.attention_from(view.after_image())
+            visual = view.visual.to(scores.device)
+            chosen = top(scores, knee(scores, visual), visual)
+        return chosen[first_copies(view).to(chosen.device)]

@@ -7,9 +7,13 @@ update weighted by it, as in mixture of depths) is our reading. Tokens that bypa
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+
 import torch
 
-from dyvte.methods.selection import top_within
+from dyvte.methods.selection import share_count, top_within
+from dyvte.runtime.bypass import Bypass
+from dyvte.runtime.view import LayerView
 
 
 def route(scores: torch.Tensor, frames: torch.Tensor, share: float = 0.2) -> torch.Tensor:
@@ -39,3 +43,51 @@ def combine(
     """
     added = update if weights is None else update * weights[..., None].to(update.dtype)
     return torch.where(routed[..., None], hidden + added, hidden)
+
+
+def frames(visual: torch.Tensor) -> torch.Tensor:
+    """The number of the frame or image that each visual token belongs to: those that stand together.
+
+    Args:
+        visual: bool [n, s].
+
+    Returns:
+        long [n, s], -1 for text
+    """
+    first = visual & ~torch.nn.functional.pad(visual[:, :-1], (1, 0))
+    return (first.cumsum(1) - 1).where(visual, -1)
+
+
+class MoD(Bypass):
+    """In some layers most tokens of every frame bypass attention and FFN, and are no keys there, for answers neither.
+
+    The work is really not done, and the layer's cache really smaller. Without a trained router it is an experiment.
+
+    Args:
+        layers: the layers that are bypassed, from 0.
+        router: the states that enter a layer, [n, width, d], to a score for each token, [n, width]; the highest go
+            through the layer. A trained one, or any rule such as ``lambda states: states.norm(dim=-1)``.
+        share: of every frame, see :func:`route`.
+        weighted: whether the layer's update of a token is multiplied with its score, as with a trained router.
+
+    Raises:
+        ValueError: a share outside 0 ... 1. On attaching: a layer that the model has not, or to which it adds visual
+            features.
+    """
+
+    def __init__(
+        self,
+        layers: Collection[int],
+        router: Callable[[torch.Tensor], torch.Tensor],
+        share: float = 0.2,
+        weighted: bool = False,
+    ):
+        share_count(share, torch.tensor(0))
+        self.bypassed, self.router, self.share, self.weighted = tuple(layers), router, share, weighted
+
+    def routes(self, view: LayerView) -> torch.Tensor:
+        number = view.tokens.gather(frames(view.prompt.visual), view.samples).where(view.visual, -1)
+        return route(self.router(view.hidden).to(number.device), number, self.share)
+
+    def weights(self, view: LayerView) -> torch.Tensor | None:
+        return self.router(view.hidden) if self.weighted else None

@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dyvte.methods.selection import top_within
+from dyvte.methods.before_decoder import BeforeDecoder
+from dyvte.methods.selection import share_count, top, top_within
+from dyvte.runtime.reduction import LayerView
 
 
 def relevance(visual: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -64,3 +66,32 @@ def route(relevance: torch.Tensor, clusters: torch.Tensor, share: float) -> torc
         bool [n, tokens]
     """
     return top_within(relevance, clusters, share)
+
+
+class PAR(BeforeDecoder):
+    """Keeps, before the decoder, visual tokens like a word of the prompt, and of those alike the most relevant.
+
+    The settings are ours. How many tokens stay follows from the clusters: at most the share ``keep``, and no less than
+    one for each cluster.
+
+    Args:
+        keep: the share of each prompt's visual tokens that are most relevant, 0 ... 1, rounded half up.
+        threshold: the cosine from which on two of them say the same thing, -1 ... 1.
+        share: of every cluster, 0 ... 1, rounded half up, at least one unless 0.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    def __init__(self, keep: float = 0.5, threshold: float = 0.9, share: float = 0.5):
+        for part in (keep, share):
+            share_count(part, torch.tensor(0))
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not -1 <= threshold <= 1:
+            raise ValueError(f"threshold must be a cosine, -1 ... 1, not {threshold!r}")
+        self.keep, self.threshold, self.share = keep, threshold, share
+
+    def choose(self, view: LayerView) -> torch.Tensor:
+        hidden, visual = view.hidden, view.visual
+        scores = relevance(hidden, hidden, view.words().to(hidden.device)).to(visual.device)
+        asked = top(scores, share_count(self.keep, view.total), visual)
+        return route(scores, clusters(hidden, self.threshold, asked.to(hidden.device)).to(visual.device), self.share)

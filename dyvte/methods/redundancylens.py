@@ -6,12 +6,16 @@ could not be read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from dyvte.methods.selection import share_count, top
+from dyvte.runtime.edits import LayerEdit
+from dyvte.runtime.feed_forward import FeedForward, NeuronEdit
+from dyvte.runtime.tokens import KeptTokens
+from dyvte.runtime.view import LayerView
 
 Projection = torch.nn.Module | torch.Tensor
 
@@ -142,3 +146,54 @@ def rank_layers(
     while len(ranked) < count:
         ranked.append(max(sorted(set(range(num_layers)) - set(ranked), reverse=True), key=worth))
     return ranked
+
+
+class HollowAttention(LayerEdit):
+    """Visual tokens see, of all visual tokens, the last few before them; see :func:`hollow_mask`.
+
+    Counted among the visual tokens that are still there. What it saves is theoretical: the kernels compute what the
+    mask hides.
+
+    Args:
+        layers: the layers edited, from 0; None: all. The first of :func:`rank_layers` for attention.
+        window: R, visual tokens.
+
+    Raises:
+        ValueError: a negative window. On attaching: a layer that the model has not, or attention without such masks.
+    """
+
+    def __init__(self, layers: Collection[int] | None, window: int = 256):
+        if isinstance(window, bool) or not isinstance(window, int) or window < 0:
+            raise ValueError(f"window must be a number of visual tokens, 0 or more, not {window!r}")
+        self.edited, self.window = layers, window
+
+    def sees(self, view: LayerView, seen: torch.Tensor) -> torch.Tensor:
+        visual = view.visual.to(seen.device)
+        both = visual[:, :, None] & visual[:, None, :]
+        return seen & (hollow_mask(visual, self.window) | ~both)
+
+
+class ProbeFFN(NeuronEdit):
+    """Visual tokens use the neurons that a few of them, the probes, activate most; see :func:`neurons`.
+
+    The other neurons are really not computed for them: weights are sliced, sample by sample. Probes are drawn anew in
+    every layer, from the visual tokens that are still there.
+
+    Args:
+        layers: the layers edited, from 0; None: all. The first of :func:`rank_layers` for the FFN.
+        probe: the share of visual tokens that are probes, see :func:`probes`.
+        keep: the share of neurons kept.
+
+    Raises:
+        ValueError: a share outside 0 ... 1. On attaching: a layer that the model has not, or an FFN whose neurons
+            cannot be told apart.
+    """
+
+    def __init__(self, layers: Collection[int] | None, probe: float = 0.1, keep: float = 0.2):
+        for share in (probe, keep):
+            share_count(share, torch.tensor(0))
+        self.edited, self.probe, self.keep = layers, probe, keep
+
+    def neurons(self, view: LayerView, parts: FeedForward, states: torch.Tensor) -> Sequence[torch.Tensor]:
+        asked = KeptTokens.from_mask(probes(view.visual.to(states.device), self.probe))
+        return neurons(asked.gather(states), parts.gate, parts.up, parts.act, self.keep, asked.valid)

@@ -98,3 +98,24 @@ def rows_after(visual: torch.Tensor, inclusive: bool = False) -> torch.Tensor:
     place = torch.arange(visual.shape[1], device=visual.device)
     last = place.where(visual, -1).amax(1, keepdim=True)
     return place >= last if inclusive else place > last
+
+
+def images(visual: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The images of a batch: visual tokens that stand together, those of one length in one place.
+
+    Args:
+        visual: bool [n, s].
+
+    Returns:
+        for each length, rows long [images, 1] and columns long [images, length] on the device of ``visual``
+    """
+    before = torch.nn.functional.pad(visual[:, :-1], (1, 0))
+    after = torch.nn.functional.pad(visual[:, 1:], (0, 1))
+    rows, starts = (visual & ~before).nonzero(as_tuple=True)
+    lengths = (visual & ~after).nonzero(as_tuple=True)[1] - starts + 1
+    found = []
+    for length in lengths.unique().tolist():
+        among = lengths == length
+        columns = starts[among, None] + torch.arange(length, device=visual.device)
+        found.append((rows[among, None], columns))
+    return found

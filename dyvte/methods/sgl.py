@@ -8,11 +8,16 @@ threshold is the paper's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from dyvte.methods.selection import rows_after
+from dyvte.runtime.attention import AttentionCall, call_arguments, find_attention
+from dyvte.runtime.decoder import DecoderSpec, visual_tokens
+from dyvte.runtime.reduction import LayerView, Reduction, TopK
 
 
 def aggregate(
@@ -89,3 +94,135 @@ def decision(confidence: torch.Tensor, consistency: torch.Tensor) -> torch.Tenso
 def _log(probabilities: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     mask = torch.ones_like(probabilities, dtype=torch.bool) if mask is None else mask
     return probabilities.float().log().where(mask, 0), mask.sum(-1)
+
+
+@torch.no_grad()
+def importance(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    visual_mask: torch.Tensor | None = None,
+    max_new_tokens: int = 64,
+    inclusive: bool = True,
+) -> torch.Tensor:
+    """Lets the small model answer, greedily, and adds up what its attention gave each visual token.
+
+    The same sum as :func:`aggregate`, read layer by layer while the model runs, with any attention implementation. A
+    step counts for a sample as long as its answer has not ended.
+
+    Args:
+        model: the small MLLM; its attention must be readable, see :mod:`dyvte.runtime.attention`.
+        inputs: of its ``generate``.
+        visual_mask: bool [batch, sequence], where ``input_ids`` cannot show the visual tokens.
+        max_new_tokens: the longest answer.
+        inclusive: see :func:`aggregate`.
+
+    Returns:
+        float32 [batch, sequence], 0 at columns that are not visual; see :func:`transfer` for another tokenizer.
+    """
+    spec = DecoderSpec.of(model)
+    visual = visual_tokens(spec.model, inputs["input_ids"]) if visual_mask is None else visual_mask
+    mask = inputs.get("attention_mask")
+    valid = torch.ones_like(visual) if mask is None else mask.bool().to(visual.device)
+    rows, width = rows_after(visual & valid, inclusive) & valid, visual.shape[1]
+    calls: dict[nn.Module, AttentionCall] = {}
+    given: list[torch.Tensor] = []  # by pass: the prompt, then every step
+
+    def before(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        calls[attention] = AttentionCall(attention, call_arguments(attention, args, kwargs))
+
+    def after(attention: nn.Module, args: tuple, output: Any) -> None:
+        call = calls.pop(attention)
+        call.output = output
+        new = call.arguments["hidden_states"].shape[1]
+        asked = rows if new == width else torch.ones(len(rows), new, dtype=torch.bool, device=rows.device)
+        paid = call.paid_to_all(asked.to(call.arguments["hidden_states"].device))
+        end = width if new == width else width + len(given) - (attention is not attentions[0])
+        # Sliding layers hold the last columns only.
+        first = end - paid.shape[1]
+        columns = torch.zeros_like(visual, dtype=torch.float32)
+        columns[:, max(first, 0) :] = paid[:, max(-first, 0) : width - first].to(columns.device)
+        columns *= spec.config.num_attention_heads
+        if attention is attentions[0]:
+            given.append(columns)
+        else:
+            given[-1] += columns
+
+    attentions = [find_attention(layer) for layer in spec.layers]
+    hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in attentions]
+    hooks += [module.register_forward_hook(after) for module in attentions]
+    try:
+        answer = spec.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    ends = _end_ids(spec.model)
+    answer = answer[:, -len(given) :] if "input_ids" in inputs else answer
+    going = (~torch.isin(answer, ends.to(answer.device))).cumprod(1).bool()[:, : len(given) - 1]
+    total = given[0]
+    for step, columns in enumerate(given[1:]):
+        total = total + columns * going[:, step, None].to(columns.device)
+    return total.where(visual, 0)
+
+
+def transfer(scores: torch.Tensor, visual: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Scores for the prompts of another model, visual token by visual token.
+
+    Args:
+        scores: float [n, s].
+        visual: bool [n, s], the visual tokens they are of.
+        target: bool [n, t], the visual tokens of the same samples in the other model.
+
+    Raises:
+        ValueError: a sample has other numbers of visual tokens in the two models.
+    """
+    if visual.sum(1).tolist() != target.sum(1).tolist():
+        raise ValueError(
+            f"{visual.sum(1).tolist()} visual tokens in one model and {target.sum(1).tolist()} in the other: SGL needs "
+            "two models that cut images into the same tokens"
+        )
+    moved = scores.new_zeros(target.shape).to(target.device)
+    moved[target] = scores[visual].to(target.device)
+    return moved
+
+
+class SGL(TopK):
+    """Keeps the visual tokens that a small model found important.
+
+    Args:
+        layer: how many decoder layers see all visual tokens, 0 ... L; the reference's is ``int(L * prune_layer)``, and
+            its scripts set prune_layer and ratio to .4, or to .3.
+        keep: the share of visual tokens that goes on, 0 ... 1; see :meth:`TopK.count` (the reference rounds down).
+        scores: float [batch, sequence] of the prompts to come, see :func:`importance`; read at visual tokens.
+    """
+
+    def __init__(self, layer: int, keep: float, scores: torch.Tensor):
+        super().__init__({layer: keep})
+        if not isinstance(scores, torch.Tensor) or scores.ndim != 2 or not scores.is_floating_point():
+            raise ValueError("scores must be float [batch, sequence], such as sgl.importance(small_model, inputs)")
+        if not bool(scores.isfinite().all()):
+            raise ValueError("scores must be finite: look at what the small model got")
+        self.scores = scores
+
+    def check_rows(self, rows: int) -> None:
+        if rows % len(self.scores):
+            raise ValueError(f"SGL holds scores of {len(self.scores)} samples but the batch has {rows} rows: give both")
+
+    def start(self, view: LayerView) -> Reduction:
+        length, prompt = self.scores.shape[1], view.prompt
+        longer = prompt.answer is not None and prompt.shape[1] > length  # generate without a cache
+        if prompt.shape[1] != length and not longer:
+            raise ValueError(
+                f"SGL holds scores of prompts of {length} tokens, but these have {prompt.shape[1]}: score the same "
+                "prompts, or use sgl.transfer"
+            )
+        return self
+
+    def score(self, view: LayerView) -> torch.Tensor:
+        grid = nn.functional.pad(self.scores, (0, view.prompt.shape[1] - self.scores.shape[1]))
+        copies = view.prompt.shape[0] // len(grid)
+        return view.tokens.gather(grid.to(view.visual.device), view.samples // copies)
+
+
+def _end_ids(model: nn.Module) -> torch.Tensor:
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return torch.tensor([] if ends is None else ends if isinstance(ends, list) else [ends], dtype=torch.long)

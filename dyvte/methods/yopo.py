@@ -6,7 +6,14 @@ prompts alike; the strong settings were trained with the cuts in place, on Inter
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import torch
+
+from dyvte.runtime.decoder import DecoderSpec
+from dyvte.runtime.edits import LayerEdit
+from dyvte.runtime.feed_forward import FeedForward, NeuronEdit
+from dyvte.runtime.view import LayerView
 
 
 def neighbour_mask(visual: torch.Tensor, height: int, width: int, window: int, causal: bool = False) -> torch.Tensor:
@@ -119,3 +126,121 @@ def cut_outputs(outputs: torch.Tensor, visual: torch.Tensor, keep: torch.Tensor)
 def first_neurons(intermediate: int, ratio: float) -> int:
     """How many neurons of the FFN visual rows use, the first ones, ``int(intermediate / ratio)``; trained at 2."""
     return int(intermediate / ratio)
+
+
+class NeighbourAttention(LayerEdit):
+    """Visual tokens see those around them in the image, see :func:`neighbour_mask`.
+
+    Neighbours that have left meanwhile are not seen, of course. What it saves is theoretical: the kernels compute what
+    the mask hides.
+
+    Args:
+        grid: height and width of an image in visual tokens, 24 x 24 for LLaVA-1.5.
+        window, causal: see :func:`neighbour_mask`.
+        layers: the layers edited, from 0; None: all.
+
+    Raises:
+        ValueError: on attaching: a layer that the model has not, or attention without such masks. In a call: visual
+            tokens that do not fill such grids.
+    """
+
+    def __init__(
+        self, grid: tuple[int, int], window: int = 5, causal: bool = False, layers: Collection[int] | None = None
+    ):
+        self.edited, self.grid, self.window, self.causal = layers, tuple(grid), window, causal
+
+    def sees(self, view: LayerView, seen: torch.Tensor) -> torch.Tensor:
+        whole = neighbour_mask(view.prompt.visual, *self.grid, self.window, self.causal).to(seen.device)
+        rows, index = view.samples.to(seen.device), view.tokens.index.to(seen.device)
+        near = whole[rows[:, None, None], index[:, :, None], index[:, None, :]]
+        visual = view.visual.to(seen.device)
+        return torch.where(visual[:, :, None] & visual[:, None, :], near, seen)
+
+
+class HeadCut(LayerEdit):
+    """Cut heads give nothing to visual tokens and take nothing from them, see :func:`cut_values`, :func:`cut_outputs`.
+
+    Exact with every kernel, since the values of visual tokens are zeroed, in the cache as well. What it saves is
+    theoretical.
+
+    Args:
+        mask: bool [layers, heads], the heads kept, see :func:`head_mask`. Query heads that share keys are cut together.
+
+    Raises:
+        ValueError: no such mask. On attaching: it has other numbers of layers or heads than the model, or cuts some of
+            the heads that share keys; or the model's attention has no v_proj and o_proj.
+    """
+
+    def __init__(self, mask: torch.Tensor):
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.ndim != 2:
+            raise ValueError("mask must be bool [layers, heads], True at the heads kept, such as yopo.head_mask(...)")
+        self.mask, self.edited = mask.cpu(), (~mask).any(1).nonzero().flatten().tolist()
+
+    def check(self, spec: DecoderSpec) -> None:
+        heads = spec.config.num_attention_heads
+        if self.mask.shape != (spec.num_layers, heads):
+            raise ValueError(f"mask {list(self.mask.shape)} does not fit {spec.num_layers} layers of {heads} heads")
+        shared = self.mask.unflatten(1, (getattr(spec.config, "num_key_value_heads", None) or heads, -1))
+        if not bool((shared == shared[..., :1]).all()):
+            raise ValueError(
+                f"heads that share keys must be kept or cut together: decide for all {shared.shape[2]} of a group, for "
+                "example by mask.unflatten(1, (key_heads, -1)).any(2).repeat_interleave(group, 1)"
+            )
+        super().check(spec)
+
+    def values(self, view: LayerView, values: torch.Tensor) -> torch.Tensor:
+        keep = self.mask[view.layer].unflatten(0, (values.shape[2], -1))[:, 0].to(values.device)
+        return cut_values(values.transpose(1, 2), view.visual.to(values.device), keep).transpose(1, 2)
+
+    def heads(self, view: LayerView, outputs: torch.Tensor) -> torch.Tensor:
+        return cut_outputs(outputs, view.visual.to(outputs.device), self.mask[view.layer].to(outputs.device))
+
+
+class LayerCut(LayerEdit):
+    """From a layer on no head takes anything from visual tokens; the rest of the weights is not normalised again.
+
+    Not an exit, see :func:`layer_cut`; visual tokens go on, so that this saves nothing by itself.
+
+    Args:
+        layer: the first layer that is cut, 0 ... L - 1.
+
+    Raises:
+        ValueError: on attaching: the model has no such layer, or its attention no v_proj.
+    """
+
+    def __init__(self, layer: int):
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+            raise ValueError(f"layer must be a decoder layer, 0 or more, not {layer!r}")
+        self.layer = layer
+
+    def check(self, spec: DecoderSpec) -> None:
+        if self.layer >= spec.num_layers:
+            raise ValueError(f"layer {self.layer} is outside 0 ... {spec.num_layers - 1}: choose the first that is cut")
+        super().check(spec)
+
+    def values(self, view: LayerView, values: torch.Tensor) -> torch.Tensor:
+        if view.layer < self.layer:
+            return values
+        return values.masked_fill(view.visual.to(values.device)[..., None, None], 0)
+
+
+class FirstNeurons(NeuronEdit):
+    """Visual tokens use the first neurons of the FFN, see :func:`first_neurons`; the others are really not computed.
+
+    Args:
+        ratio: all neurons over those used, 1 or more; trained at 2.
+        layers: the layers edited, from 0; None: all.
+
+    Raises:
+        ValueError: a ratio below 1. On attaching: a layer that the model has not, or an FFN whose neurons cannot be
+            told apart.
+    """
+
+    def __init__(self, ratio: float = 2, layers: Collection[int] | None = None):
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio >= 1:
+            raise ValueError(f"ratio must be 1 or more, not {ratio!r}")
+        self.edited, self.ratio = layers, ratio
+
+    def neurons(self, view: LayerView, parts: FeedForward, states: torch.Tensor) -> Sequence[torch.Tensor]:
+        used = torch.arange(first_neurons(parts.gate.out_features, self.ratio), device=states.device)
+        return [used] * len(states)

@@ -142,11 +142,15 @@ class AttentionCall:
 
     def paid(self, queries: torch.Tensor) -> torch.Tensor:
         """What the marked tokens attend to, mean over heads and summed over them: bool -> float32 [n, width]."""
+        return self.paid_to_all(queries)[:, -queries.shape[1] :]
+
+    def paid_to_all(self, queries: torch.Tensor) -> torch.Tensor:
+        """Like :meth:`paid`, keys of earlier calls included and first: float32 [n, keys]."""
         columns = KeptTokens.from_mask(queries)
         read = AttentionRows(self, columns)
         asked = columns.valid.to(read.query.device, torch.float32)
         paid = [torch.einsum("nq,nhqk->nk", asked, weights) for weights in read]
-        return self._mean(sum(paid[1:], paid[0])[:, -queries.shape[1] :], read.query.shape[1])
+        return self._mean(sum(paid[1:], paid[0]), read.query.shape[1])
 
     def _mean(self, total: torch.Tensor, heads: int) -> torch.Tensor:
         """Over all heads; where they are shared out over tensor-parallel ranks, all ranks get the same."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dyvte.runtime.arguments import MASK, layer_call
+from dyvte.runtime.arguments import MASK, argument_names, layer_call
 from dyvte.runtime.attention import AttentionCall, find_attention, watch
 from dyvte.runtime.cache import KeptLayer
 from dyvte.runtime.calls import Calls, Frame, VisualMask
@@ -113,6 +113,8 @@ class Engine:
                     self.calls.frames.pop()
                     if outermost:
                         self._end()  # nothing of a call outlives it, also where it failed half-way
+                    if not self.calls.frames and isinstance(self.calls.visual_mask, SplicedVisualMask):
+                        self.calls.visual_mask.forget()
 
         return Override(forward, called)
 
@@ -140,7 +142,7 @@ class Engine:
             if hasattr(module, "_mixed_batch_forward"):
                 self._override_argument(module, "adapter_names", self._adapters)
                 self._override_argument(module, "alora_offsets", self._offsets)
-            if "seq_len" in inspect.signature(module.forward).parameters:
+            if "seq_len" in argument_names(module):
                 self._override_argument(module, "seq_len", lambda asked: max(asked, self.length))
 
     def _override_argument(self, module: nn.Module, name: str, change: Callable[[Any], Any]) -> None:
@@ -184,7 +186,7 @@ class Engine:
 
     def _run_layer(self, index: int, layer: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         hidden, given = layer_call(layer, args, kwargs)
-        if index == 0:
+        if index == 0 and self.run is None:
             self._start(hidden, given)
         if self.run is None:
             return self._decode(index, forward, hidden, given)
@@ -196,12 +198,12 @@ class Engine:
 
     def _start(self, hidden: torch.Tensor, given: dict[str, Any]) -> None:
         self._end()
-        if hidden.ndim != 3:
+        if hidden.ndim != (3 if self.spec.stream is None else 4):
             raise ValueError(
                 f"decoder layers of {type(self.spec.model).__name__} work on states {list(hidden.shape)}, not [batch, "
                 "sequence, width]: visual tokens cannot be withdrawn from this model, use it without the exit"
             )
-        cache = call_cache(given)
+        hidden, cache = self.spec.by_rows(hidden), call_cache(given)
         past = cache.get_seq_length() if cache is not None else 0
         self.length = past + hidden.shape[1]
         found: tuple[Prompt, torch.Tensor] | None = self.calls.prompt(hidden, given.get(MASK), past)
@@ -214,16 +216,21 @@ class Engine:
 
     def _decode(self, index: int, forward: Callable[..., Any], hidden: torch.Tensor, given: dict[str, Any]) -> Any:
         """A mask of its own for a layer that holds some tokens only: the model made one for layer 0."""
-        cache = call_cache(given)
-        layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+        cache, source = call_cache(given), self.spec.kinds[index].source
+        where = index if source is None else source
+        layer = cache.layers[where] if cache is not None and where < len(cache.layers) else None
         if not isinstance(layer, KeptLayer):
             return forward(hidden, **given)
-        layer.expected = True
-        kind, config = self.spec.kinds[index], self.spec.config
-        key = (id(layer.tokens), kind)
+        kind, config = self.spec.kinds[where], self.spec.config
+        key, states = (id(layer.tokens), kind), self.spec.by_rows(hidden)
+        if source is None:
+            layer.expected = True
         if key not in self._masks:
-            self._masks[key] = layer.mask(config, hidden, self.calls.attention_mask, kind, given.get(MASK))
-        given = given | {MASK: self._masks[key]}
+            own = self.spec.read(states)
+            self._masks[key] = layer.mask(config, own, self.calls.attention_mask, kind, given.get(MASK))
+        mask = self._masks[key]  # that of the source for whoever reads its keys, for as many rows as there are
+        cut = isinstance(mask, torch.Tensor) and mask.ndim == 4
+        given = given | {MASK: mask[:, :, -states.shape[1] :] if cut else mask}
         if "position_ids" in given and "flash" in str(config._attn_implementation):
             given["position_ids"] = None  # gaps would read as several packed sequences
         return forward(hidden, **given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -14,9 +15,12 @@ from torch import nn
 
 from dyvte.runtime.calls import VisualMask
 from dyvte.runtime.decoder import DecoderSpec
+from dyvte.runtime.edits import Edits, LayerEdit
 from dyvte.runtime.engine import Engine
 from dyvte.runtime.prefill import PromptPass
 from dyvte.runtime.reduction import Reduction, as_reduction
+from dyvte.runtime.view import LayerView
+from dyvte.runtime.vision import VisionTower
 
 RECORDED = 4096  # prompts
 
@@ -64,6 +68,18 @@ def visual_exit(
 ) -> Any:
     """:func:`reduce_tokens` for an exit policy, see :mod:`dyvte.methods.exits`."""
     return reduce_tokens(model, policy, visual_mask, decoder)
+
+
+def edit_layers(
+    model: nn.Module,
+    *edits: LayerEdit,
+    visual_mask: VisualMask | None = None,
+    decoder: str | nn.Module | None = None,
+) -> Any:
+    """:func:`reduce_tokens` for edits of layers; with reductions, ``reduce_tokens(model, edit & reduction)``."""
+    if not edits:
+        raise ValueError("edit_layers needs at least one edit, such as dyvte.methods.HollowAttention")
+    return reduce_tokens(model, functools.reduce(operator.and_, edits), visual_mask, decoder)
 
 
 def attach(
@@ -148,14 +164,22 @@ class Handle:
             if part.reads_attention
             for layer in (part.layers if part.layers is not None else range(1, self.spec.num_layers))
         }
+        seen = [part.reads_vision for part in method.parts() if part.reads_vision is not None]
+        tower = VisionTower(self.spec.model) if seen else None  # before anything is attached
+        self._edits = Edits(self.spec, [part for part in method.parts() if isinstance(part, LayerEdit)])
         self._told = threading.local()
         self._engine = Engine(
             self.spec, visual_mask, self._begin, self._finish, method.check_rows, tuple(sorted(read - {-1}))
         )
+        self._vision = tower.watch(seen) if tower is not None else None
+        self._edits.attach(self._editing)
 
     def detach(self) -> None:
         """The model is as it was. Caches filled meanwhile are not usable without the method."""
+        self._edits.remove()
         self._engine.remove()
+        if self._vision is not None:
+            self._vision.remove()
 
     @property
     def num_layers(self) -> int:
@@ -173,14 +197,19 @@ class Handle:
         return list(getattr(self._told, "record", ()))
 
     @property
+    def _latest(self) -> PromptRecord | None:
+        told = getattr(self._told, "record", None)
+        return told[-1] if told else None
+
+    @property
     def layers(self) -> torch.Tensor | None:
         """long [batch], the exit layers of the latest prompts, see :class:`PromptRecord`; None before the first."""
-        return self.record[-1].layers if self.record else None
+        return None if self._latest is None else self._latest.layers
 
     @property
     def counts(self) -> torch.Tensor | None:
         """long [L, batch], the visual tokens that every layer worked on in the latest prompts; None before."""
-        return self.record[-1].counts if self.record else None
+        return None if self._latest is None else self._latest.counts
 
     def kept(self, layer: int) -> torch.Tensor:
         """The columns of the latest prompts that a decoder layer worked on: bool [batch, sequence].
@@ -202,8 +231,14 @@ class Handle:
             kept[rows[:, None], tokens.index.to(kept.device)] = tokens.valid.to(kept.device)
         return (kept & run.prompt.valid).cpu()
 
+    def _editing(self, layer: int) -> LayerView | None:
+        """What a layer is running on; None while it decodes."""
+        group = self._engine.run.current if self._engine.run is not None else None
+        return None if group is None else LayerView(group, torch.arange(len(group.samples)), layer, self.spec)
+
     def _begin(self, prompt: Any, hidden: torch.Tensor, cache: Any, past: torch.Tensor) -> PromptPass:
         run = PromptPass(self.spec, prompt, hidden, cache, past)
+        run.vision = self._vision.take() if self._vision is not None else None
         run.start(self.method)
         return run
 

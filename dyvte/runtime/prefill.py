@@ -8,16 +8,19 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from dyvte.runtime.arguments import cache_name, check_arguments
+from dyvte.runtime.arguments import cache_name, check_arguments, tensors
 from dyvte.runtime.attention import AttentionCall
+from dyvte.runtime.bypass import Bypass, Detour, by_layer
 from dyvte.runtime.decoder import DecoderSpec
 from dyvte.runtime.groups import Group, regroup, split
 from dyvte.runtime.pass_cache import PassCache
 from dyvte.runtime.placement import loaded
 from dyvte.runtime.prompt import Prompt
-from dyvte.runtime.reduction import LayerView, Reduction
+from dyvte.runtime.reduction import Reduction
 from dyvte.runtime.tokens import KeptTokens
 from dyvte.runtime.verdict import Verdict, not_finite
+from dyvte.runtime.view import LayerView
+from dyvte.runtime.vision import VisionAttention
 
 
 class PromptPass:
@@ -47,11 +50,13 @@ class PromptPass:
         self.exits = torch.full((self.batch,), spec.num_layers)
         self.current: Group | None = None  # the one whose layer is running
         self.attention: dict[int, AttentionCall] = {}  # by group, of the layer that ran last
+        self.vision: VisionAttention | None = None
         self.counts: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         self.kept: list[list[tuple[torch.Tensor, KeptTokens]]] = []
         self._reductions: list[Reduction] = []
-        self._verdicts: dict[tuple[int, int], list[Verdict]] = {}
-        self._checked = False
+        self._bypasses: dict[int, Bypass] = {}
+        self._verdicts: dict[int, list[Verdict]] = {}
+        self._checked: set[tuple[str, ...]] = set()  # names of arguments
         self.returns_tuple = False
         self._returned: torch.Tensor | None = None
 
@@ -59,6 +64,7 @@ class PromptPass:
         """Asks a method what it has to say about this prompt."""
         group = self.groups[0]
         view = LayerView(group, torch.arange(self.batch), 0, self.spec)
+        self._bypasses = by_layer(method.parts())
         for part in method.parts():
             reduction = part.start(view)
             if reduction.layers is None or reduction.layers:
@@ -80,32 +86,57 @@ class PromptPass:
             hidden: as the model hands them on: those of the first group.
             given: the layer's other arguments, as for the whole batch.
         """
+        if index != len(self.counts):
+            raise ValueError(
+                f"{type(self.spec.decoder).__name__} runs decoder layer {index} after {len(self.counts)} others: "
+                "tokens can be withdrawn only where every layer runs once, in order. Use the model without the exit"
+            )
         self._receive(index, hidden)
         self._reduce(index)
         self.attention.clear()
-        self._note()
+        bypass = self._bypasses.get(index)
+        detours = [] if bypass is None else [Detour(group, bypass, index, self.spec) for group in self.groups]
+        working = [detour.part for detour in detours] or self.groups
+        self._note(working)
         name, last = cache_name(given), index == self.spec.num_layers - 1
-        output = None
-        with loaded(self.spec.layers[index], len(self.groups)):
-            for group in self.groups:
+        others: tuple | None = None  # what the layer returns beside its states
+        with loaded(self.spec.layers[index], len(working)):
+            for group in working:
                 self.current = group
                 group.hidden = group.hidden.to(hidden.device)
-                output = forward(group.hidden, **self._arguments(index, group, given, name))
-                group.hidden = output[0] if isinstance(output, tuple) else output
+                states = self.spec.by_layers(group.hidden)
+                output = forward(states, **self._arguments(index, group, given, name))
+                states, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+                group.hidden = self.spec.by_rows(states)
+                if others and not self.cache.serves(index, group):
+                    others = self._other_outputs(index, group, others)
         self.current = None
-        self.cache.merge(index, self.groups)
+        self.cache.merge(index, working)
+        for detour in detours:
+            detour.rejoin()
         result = self._full() if last else self.groups[0].hidden
         if last and not self._dense:
             self._check_finite(result)
-        self._returned, self.returns_tuple = result, isinstance(output, tuple)
-        return (result, *output[1:]) if isinstance(output, tuple) else result
+        result = self.spec.by_layers(result)
+        self._returned, self.returns_tuple = result, others is not None
+        return result if others is None else (result, *others)
+
+    def _other_outputs(self, index: int, group: Group, others: tuple) -> tuple:
+        """What a layer that ran for one group returns beside its states, as if for the whole batch."""
+        if tensors(others):
+            raise ValueError(
+                f"decoder layer {index} of {type(self.spec.model).__name__} returns tensors beside its states (keys "
+                "and values, in old code), which cannot be put together for samples that hold different tokens: call "
+                "the model with use_cache=False, or without the exit"
+            )
+        return tuple(self.cache.cache if other is group.cache else other for other in others)
 
     def _arguments(self, index: int, group: Group, given: dict[str, Any], name: str | None) -> dict[str, Any]:
         if self.cache.serves(index, group):
             return given
-        if not self._checked:
+        if tuple(given) not in self._checked:
             check_arguments(self.spec.layers[index], given, self.batch, self.length)
-            self._checked = True
+            self._checked.add(tuple(given))
         others = {key: value for key, value in given.items() if key != name}
         held = self.cache.held(index)
         arguments = group.arguments(self.spec.kinds[index], others, self.spec, held, self.cache.length)
@@ -116,18 +147,28 @@ class PromptPass:
     def release(self) -> None:
         """Lets go of states and caches; what was kept where stays known."""
         self.groups, self.attention, self._reductions, self._verdicts = [], {}, [], {}
-        self.cache, self._returned = None, None
+        self.cache, self.vision, self._returned = None, None, None
 
     def _receive(self, index: int, hidden: torch.Tensor) -> None:
         group, before = self.groups[0], self._returned
-        if before is not None and not self._dense and hidden is not before:
+        if before is not None and not self._dense and self._is_last_row(index, hidden, before):
+            for other in self.groups:  # only layers that read other layers' keys are left: no other row matters
+                other.hidden = other.hidden[:, -1:]
+        elif before is not None and not self._dense and hidden is not before:
             moved = hidden.device != before.device or hidden.dtype != before.dtype
             if hidden.shape != before.shape or not (moved or hidden.data_ptr() == before.data_ptr()):
                 raise ValueError(
                     f"the model changes the hidden states before decoder layer {index}, when some visual tokens are "
                     "gone: they cannot be withdrawn so early. Choose a later layer, or use it without the exit"
                 )
-        group.hidden = hidden
+        group.hidden = self.spec.by_rows(hidden)
+
+    def _is_last_row(self, index: int, hidden: torch.Tensor, before: torch.Tensor) -> bool:
+        """Whether the model goes on with the last row alone, as Gemma 4 does for ``logits_to_keep=1``."""
+        if self.spec.kinds[index].source is None or self.spec.stream is not None or hidden.ndim != 3:
+            return False
+        last = before[:, -1:]
+        return before.shape[1] > 1 and hidden.shape == last.shape and hidden.data_ptr() == last.data_ptr()
 
     @property
     def _dense(self) -> bool:
@@ -137,20 +178,19 @@ class PromptPass:
     # Which tokens go.
 
     def _reduce(self, index: int) -> None:
-        for number, reduction in enumerate(self._reductions):
+        """Asks the reductions whose turn it is, all about the same tokens, and takes away what any of them drops."""
+        for reduction in self._reductions:
             layer = index + reduction.lookahead
             if (index > 0 or layer == 0) and self._asks(reduction, layer):
                 for group in self.groups:
-                    self._ask(number, reduction, group, layer)
-            verdicts = self._verdicts.pop((number, index), None)
-            if verdicts is not None:
-                self._apply(index, verdicts)
+                    self._ask(reduction, group, layer)
+        verdicts = self._verdicts.pop(index, None)
+        if verdicts is not None:
+            self._apply(index, verdicts)
 
     def _asks(self, reduction: Reduction, layer: int) -> bool:
-        first = self.spec.first if reduction.layers is not None else self.spec.min_layer
-        if not first <= layer < self.spec.num_layers:
-            return False
-        return reduction.layers is None or layer in reduction.layers
+        allowed = self.spec.first <= layer <= self.spec.largest
+        return allowed and (reduction.layers is None or layer in reduction.layers)
 
     @staticmethod
     def _places(group: Group, reduction: Reduction) -> torch.Tensor:
@@ -160,25 +200,33 @@ class PromptPass:
         admitted = reduction.admitted
         return group.memo(lambda: group.reducible[admitted[group.samples[group.reducible]]], "admitted", reduction)
 
-    def _ask(self, number: int, reduction: Reduction, group: Group, layer: int) -> None:
+    def _ask(self, reduction: Reduction, group: Group, layer: int) -> None:
         places = self._places(group, reduction)
         if len(places) == 0:
             return
-        view = LayerView(group, places, layer, self.spec, self.attention.get(id(group)))
+        view = LayerView(group, places, layer, self.spec, self.attention.get(id(group)), self.vision)
         keep = reduction.select(view)
-        if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.shape != view.visual.shape:
-            raise ValueError(f"{type(reduction).__name__}.select() must return bool {list(view.visual.shape)}")
+        if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.shape != view.shape:
+            raise ValueError(f"{type(reduction).__name__}.select() must return bool {list(view.shape)}")
         update = reduction.update(view, keep)
+        if update is not None and self.spec.stream is not None:
+            raise ValueError(
+                f"{type(reduction).__name__} replaces states, and every token of {type(self.spec.decoder).__name__} "
+                "has several: choose a method that only drops tokens"
+            )
         if update is not None and (reduction.lookahead or update.shape != view.hidden.shape):
             raise ValueError(
                 f"{type(reduction).__name__}.update() must return states {list(view.hidden.shape)}, and needs the "
                 "states of the layer itself: leave lookahead at 0"
             )
-        self._verdicts.setdefault((number, layer), []).append(Verdict(view, keep, update))
+        self._verdicts.setdefault(layer, []).append(Verdict(view, keep, update))
 
     def _apply(self, index: int, verdicts: Sequence[Verdict]) -> None:
         """Takes away what verdicts said, where they said anything."""
-        for verdict in verdicts:
+        updates = [verdict for verdict in verdicts if verdict.update is not None]
+        if len({id(verdict.view.group) for verdict in updates}) < len(updates):
+            raise ValueError(f"two reductions replace states before decoder layer {index}: give them different layers")
+        for verdict in updates:
             verdict.update_states()
         said = [verdict for verdict in verdicts if verdict.takes()]
         if not said:
@@ -196,30 +244,32 @@ class PromptPass:
                 parts.append(group)
         self.groups = regroup(parts)
 
-    def _note(self) -> None:
-        self.counts.append([(g.samples, g.memo(lambda g=g: g.visual.sum(1), "count")) for g in self.groups])
-        self.kept.append([(g.samples, g.tokens) for g in self.groups])
+    def _note(self, groups: Sequence[Group]) -> None:
+        self.counts.append([(g.samples, g.memo(lambda g=g: g.visual.sum(1), "count")) for g in groups])
+        self.kept.append([(g.samples, g.tokens) for g in groups])
 
     def _full(self) -> torch.Tensor:
         """The states of all samples and columns, with zeros at what is gone."""
         if self._dense:
             return self.groups[0].hidden
         like = self.groups[0].hidden
-        full = like.new_zeros(self.batch, self.length, like.shape[-1])
+        one = like.shape[1] < self.groups[0].tokens.width  # the last row is all that the model went on with
+        full = like.new_zeros(self.batch, 1 if one else self.length, *like.shape[2:])
         for group in self.groups:
             rows = group.samples_on(full.device)
-            if group.whole:
+            if group.whole or one:
                 full[rows] = group.hidden.to(full.device)
             else:
                 # Places that hold nothing write their zeros to columns that are gone anyway.
-                states = group.hidden * group.tokens.valid[..., None].to(group.hidden)
+                states = group.hidden.where(group.tokens.valid[(..., *[None] * (like.ndim - 2))], 0)
                 full[rows[:, None], group.tokens.index.to(full.device)] = states.to(full.device)
         return full
 
     def _check_finite(self, hidden: torch.Tensor) -> None:
         """Raises ``ValueError`` if the last token of a prompt came out as NaN or infinite."""
         tail = self.prompt.tail
-        last = tail.gather(hidden)[:, -1] if tail.index.device == hidden.device else hidden[:, -1]
-        fine = last.isfinite().all(1) | ~tail.valid[:, -1].to(hidden.device)
+        there = hidden.shape[1] == self.length and tail.index.device == hidden.device
+        last = tail.gather(hidden)[:, -1] if there else hidden[:, -1]
+        fine = last.isfinite().flatten(1).all(1) | ~tail.valid[:, -1].to(hidden.device)
         if not bool(fine.all()):
             raise ValueError(not_finite((~fine).nonzero().flatten().tolist(), self.spec.num_layers))

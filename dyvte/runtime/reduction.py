@@ -8,89 +8,8 @@ from typing import Any
 
 import torch
 
-from dyvte.runtime.attention import AttentionCall
 from dyvte.runtime.decoder import DecoderSpec
-from dyvte.runtime.groups import Group
-from dyvte.runtime.prompt import Prompt
-from dyvte.runtime.tokens import KeptTokens
-
-
-class LayerView:
-    """What a reduction sees between two layers: some samples, with the tokens that they still have.
-
-    Attributes:
-        layer: the decoder layer from which on the answer counts, from 0; the layers before it have seen these tokens,
-            but for the ``lookahead`` last of them.
-        samples: long [n] on the CPU, rows of the batch.
-        prompt: the prompts of the whole batch.
-        spec: the model.
-        finite: bool [n], whether the text state was finite; None until it is read.
-    """
-
-    def __init__(
-        self,
-        group: Group,
-        places: torch.Tensor,
-        layer: int,
-        spec: DecoderSpec,
-        attention: AttentionCall | None = None,
-    ):
-        self.group, self.places, self.layer, self.spec = group, places, layer, spec
-        self.prompt: Prompt = group.prompt
-        self.samples = group.samples[places]
-        self.finite: torch.Tensor | None = None
-        self._attention = attention
-        self._everyone = len(places) == len(group.samples)
-
-    def _rows(self, grid: torch.Tensor) -> torch.Tensor:
-        return grid if self._everyone else grid[self.places.to(grid.device)]
-
-    @property
-    def hidden(self) -> torch.Tensor:
-        """[n, width, d], the states after the layers so far, before any final norm."""
-        return self._rows(self.group.hidden)
-
-    @property
-    def tokens(self) -> KeptTokens:
-        """[n, width], the column of the prompt in each place."""
-        return self.group.tokens if self._everyone else self.group.tokens.rows(self.places)
-
-    @property
-    def visual(self) -> torch.Tensor:
-        """bool [n, width], the visual tokens."""
-        return self._rows(self.group.visual)
-
-    @property
-    def total(self) -> torch.Tensor:
-        """long [n], how many visual tokens each prompt has."""
-        visual = self.prompt.visual
-        return visual[self.samples.to(visual.device)].sum(1)
-
-    def text_state(self) -> torch.Tensor:
-        """float32 [n, 2d], see :class:`~dyvte.runtime.prompt.TextReader`."""
-        state = self.group.reader(self.places)(self.group.hidden)
-        self.finite = state.isfinite().all(1)
-        return state
-
-    def last_token(self) -> torch.Tensor:
-        """bool [n, width], the last token of each prompt."""
-        tail, tokens = self.prompt.tail, self.tokens
-        last = tail.index[self.samples.to(tail.index.device), -1:].to(tokens.index.device)
-        return (tokens.index == last) & tokens.valid
-
-    def attention_from(self, queries: torch.Tensor) -> torch.Tensor:
-        """What some tokens attend to in the last layer that ran: float32 [n, width].
-
-        Mean over heads, summed over the queries. Only for reductions with ``reads_attention``.
-
-        Args:
-            queries: bool [n, width].
-        """
-        if self._attention is None:
-            raise ValueError("attention is kept for reductions that say reads_attention = True, and only for them")
-        everyone = torch.zeros_like(self.group.tokens.valid)
-        everyone[self.places.to(everyone.device)] = queries
-        return self._rows(self._attention.paid(everyone))
+from dyvte.runtime.view import LayerView
 
 
 class Reduction:
@@ -104,6 +23,7 @@ class Reduction:
         lookahead: how many layers earlier than that it is asked. On a GPU the host waits for every answer; with 1 or
             more it waits while a layer runs, and the device need not.
         reads_attention: whether it looks at the attention of the layer before.
+        reads_vision: which layers of the vision tower it looks at; None: none.
         reads_text: whether it looks at text states, so that where they are is worked out beforehand.
         admitted: bool [batch], the samples it may take anything from; None: all.
     """
@@ -111,6 +31,7 @@ class Reduction:
     layers: Collection[int] | None = None
     lookahead: int = 0
     reads_attention: bool = False
+    reads_vision: slice | None = None
     reads_text: bool = False
     admitted: torch.Tensor | None = None
 
@@ -123,6 +44,7 @@ class Reduction:
                     f"layer {outside[0]} is outside {spec.first} ... {spec.num_layers}: choose after how many of the "
                     f"{spec.num_layers} decoder layers visual tokens are dropped"
                 )
+            spec.check_largest(self.layers)
 
     def check_rows(self, rows: int) -> None:
         """Raises ``ValueError`` if it does not fit a batch of this many rows, before the model runs."""

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from dyvte.data import GREEDY, Sample, encode
 from dyvte.provenance import atomic_path, claim, differing, versions
-from dyvte.runtime.decoder import DecoderSpec, underlying_model, visual_tokens
+from dyvte.runtime.decoder import DecoderSpec, visual_tokens
+from dyvte.runtime.locate import underlying_model
 from dyvte.training.trace import trace_batch
 
 ANSWERS = ("dense", "dataset")

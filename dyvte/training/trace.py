@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from dyvte.runtime.calls import VisualMask
-from dyvte.runtime.decoder import DecoderSpec, visual_tokens, without_engine
+from dyvte.runtime.decoder import DecoderSpec, visual_tokens
 from dyvte.runtime.engine import Engine
 from dyvte.runtime.groups import Group
+from dyvte.runtime.locate import without_engine
 from dyvte.runtime.placement import shared_by_ranks
 from dyvte.runtime.prefill import PromptPass
 from dyvte.runtime.prompt import Prompt
@@ -127,7 +128,7 @@ def traced_exits(exits: int | Sequence[int] | None, spec: DecoderSpec) -> list[i
     Raises:
         ValueError: an exit layer that the model does not have or allow.
     """
-    allowed = range(spec.min_layer, spec.num_layers)
+    allowed = spec.exits
     if exits is None:
         return list(allowed)
     if isinstance(exits, int) and not isinstance(exits, bool) and exits >= 1:
@@ -167,7 +168,7 @@ class TracePass(PromptPass):
             self.targets = labels.to(self.reads.index.device).gather(
                 1, (self.reads.index + 1).clamp(max=self.length - 1)
             )
-        self.visual = prompt.visual_state(hidden)
+        self.visual = prompt.visual_state(spec.read(hidden))
         self.states: list[torch.Tensor] = []
         self.rows: torch.Tensor | None = None  # [exits + 1, batch, reads, d]: branch by branch, the dense model last
 
@@ -188,7 +189,7 @@ class TracePass(PromptPass):
         """After ``index`` layers: reads the text states, and lets a branch be born."""
         main = self.groups[0]
         if index > 0:
-            self.states.append(self.prompt.reader(main.hidden))
+            self.states.append(self.prompt.reader(self.spec.read(main.hidden)))
         if index not in self.exits:
             return
         rows, branches = self.text.gather(main.hidden), 1
@@ -203,7 +204,7 @@ class TracePass(PromptPass):
     def _full(self) -> torch.Tensor:
         """The rows that matter, for the model's own norm and head; too many of them are left for later."""
         main = self.groups[0]
-        self.states.append(self.prompt.reader(main.hidden))
+        self.states.append(self.prompt.reader(self.spec.read(main.hidden)))
         dense = self.reads.gather(main.hidden)
         rows = [dense[None]]
         if len(self.groups) > 1:
