@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed
 
@@ -156,7 +155,7 @@ class ExitHeads(PreTrainedModel):
     def check_whole(self) -> None:
         """Raises ``ValueError`` if weights are partly or wholly elsewhere: on other ranks, or nowhere yet."""
         for name, weight in self.named_parameters():
-            if weight.is_meta or hasattr(weight, "ds_id") or isinstance(weight, DTensor):
+            if weight.is_meta or hasattr(weight, "ds_id") or hasattr(weight, "device_mesh"):
                 raise ValueError(
                     f"weights of these exit heads are not here as a whole ({name}), but every rank decides by itself: "
                     "keep them out of zero.Init and fully_shard, and load them with ExitHeads.from_pretrained"

@@ -46,14 +46,12 @@ class AttentionRows:
             cos, sin = rotation
             query = rotate(query, query, queries.gather(cos), queries.gather(sin))[0]
             key = rotate(key, key, cos, sin)[1]
-        before = call.before
-        self.query, self.key = query, key if before is None else torch.cat([before.to(key), key], 2)
-        self.before = 0 if before is None else before.shape[2]
+        self.query, self.key = query, key if call.before is None else torch.cat([call.before.to(key), key], 2)
+        self.before = 0 if call.before is None else call.before.shape[2]
         self.bias = self._bias(call.arguments.get("attention_mask"), queries)
 
     def _bias(self, mask: Any, queries: KeptTokens) -> torch.Tensor:
-        batch, _, _, _ = self.query.shape
-        keys, device = self.key.shape[2], self.key.device
+        batch, keys, device = len(self.query), self.key.shape[2], self.key.device
         index = queries.index.to(device)
         if isinstance(mask, torch.Tensor) and mask.ndim == 4:
             row = torch.arange(batch, device=mask.device)[:, None]
@@ -219,7 +217,7 @@ def _cached(attention: nn.Module, cache: Any) -> torch.Tensor | None:
 
 def watch(
     attention: nn.Module, valid: Callable[[], torch.Tensor | None], keep: Callable[[AttentionCall], None]
-) -> Callable[[], None]:
+) -> Callable[[], Any]:
     """Hands every call of a module on to ``keep``; returns what ends it.
 
     Args:
@@ -246,8 +244,4 @@ def watch(
     handles = [getattr(attention, name).register_forward_hook(projecting(name)) for name in PROJECTIONS]
     handles += [attention.register_forward_pre_hook(before, with_kwargs=True), attention.register_forward_hook(after)]
 
-    def end() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return end
+    return lambda: [handle.remove() for handle in handles]

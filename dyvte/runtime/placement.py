@@ -42,6 +42,13 @@ def check_sharding(layers: Sequence[nn.Module]) -> None:
             )
 
 
+def shared_by_ranks(module: nn.Module) -> bool:
+    """Whether a module's weights are gathered when it is called, so that all ranks must call it equally often."""
+    return any(_fully_sharded(part) for part in module.modules()) or any(
+        hasattr(weight, "ds_id") for weight in module.parameters()
+    )
+
+
 def _fully_sharded(module: nn.Module) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")  # where it was never imported nothing is sharded by it
     return fsdp is not None and isinstance(module, getattr(fsdp, "FSDPModule", ()))

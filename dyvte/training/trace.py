@@ -9,7 +9,6 @@ and head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,7 +22,7 @@ from dyvte.runtime.decoder import DecoderSpec, visual_tokens
 from dyvte.runtime.engine import Engine
 from dyvte.runtime.groups import Group
 from dyvte.runtime.locate import without_engine
-from dyvte.runtime.override import override
+from dyvte.runtime.placement import shared_by_ranks
 from dyvte.runtime.prefill import PromptPass
 from dyvte.runtime.prompt import Prompt
 from dyvte.runtime.splice import SplicedVisualMask
@@ -240,7 +239,10 @@ class TracePass(PromptPass):
         """States and logits are looked at when the trace is finished."""
 
     def _few(self, rows: torch.Tensor) -> bool:
-        vocabulary = self.spec.model.get_output_embeddings().weight.shape[0] if _has_head(self.spec.model) else 0
+        """Whether all logits are made at once; always so where other ranks, with other rows, share the head."""
+        if not _has_head(self.spec.model) or shared_by_ranks(head := self.spec.model.get_output_embeddings()):
+            return True
+        vocabulary = head.weight.shape[0]
         return rows.shape[:-1].numel() * vocabulary * 4 <= LOGITS_AT_ONCE
 
     @property
@@ -309,19 +311,17 @@ class _Head:
 
     def _run(self, rows: torch.Tensor) -> torch.Tensor:
         """What the model makes of the output of its last layer: its layers are passed by."""
-
         states = self.spec.by_layers(rows)
         given: dict[str, Any] = {"inputs_embeds": self.spec.read(rows)}
         if "per_layer_inputs" in argument_names(self.spec.decoder):  # looked up by id; any will do
             given = {"input_ids": torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)}
-
-        def last(*args: Any, **kwargs: Any) -> Any:
-            return (states,) if self.returns_tuple else states
-
-        with ExitStack() as stack:
-            for layer in self.layers:
-                stack.callback(override(layer, "forward", last))
+        layers, output = self.layers._modules, (states,) if self.returns_tuple else states
+        own = dict(layers)
+        layers.update({name: _PassedBy(layer, output) for name, layer in own.items()})
+        try:
             return self.model(**given, use_cache=False).logits
+        finally:
+            layers.update(own)
 
     def _check(self, logits: torch.Tensor, first: torch.Tensor) -> None:
         """The model's own logits at the last prompt token must come out again."""
@@ -331,6 +331,20 @@ class _Head:
                 f"the head of {type(self.model).__name__} gives other logits for a few rows than in the whole pass, so "
                 "a trace of this size cannot be read: trace fewer samples or answer tokens at once"
             )
+
+
+class _PassedBy(nn.Module):
+    """In the place of a layer whose weights need not come, however many rows this rank has."""
+
+    def __init__(self, layer: nn.Module, output: Any):
+        super().__init__()
+        self._of, self._output = [layer], output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._output
 
 
 _REMEDY = "load the model in bfloat16 or float32 (float16 overflows in some models), or leave them out"
