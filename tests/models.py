@@ -13,6 +13,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from dyvte.runtime.compat import call_cache
 from dyvte.runtime.decoder import find_decoder
 
 IMAGE_ID = 90
@@ -107,7 +108,7 @@ def masked_visual_columns(model, visual: torch.Tensor, exits: torch.Tensor):
 
     def hook(index):
         def before(module, args, kwargs):
-            mask, cache = kwargs["attention_mask"], kwargs.get("past_key_values")
+            mask, cache = kwargs["attention_mask"], call_cache(kwargs)
             hidden = args[0] if args else kwargs["hidden_states"]
             assert mask is not None and mask.ndim == 4, "the definition needs an eager model"
             batch, new = hidden.shape[:2]

@@ -383,7 +383,7 @@ def test_flops():
     expected = 2 * layer_flops(config, 30) + 2 * layer_flops(config, 20) + 2 * layer_flops(config, 10) + head
     assert pass_flops(config, 10, [20, 20, 10, 10, 0, 0]) == expected
     # Scores: keys of 30 tokens, one query, one row of attention.
-    assert attention_flops(config, 30) == 2 * 30 * 32 * 16 + 2 * 32 * 32 + 2 * 32 * 30
+    assert attention_flops(config, 30) == 2 * 32 * 30
 
 
 def test_counted_flops():

@@ -6,19 +6,22 @@ The small model here is written in that style: one -200 per image in ``input_ids
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from models import llama_config, masked_visual_columns
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM, LlamaModel
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import dyvte
 from dyvte import SplicedVisualMask
+from dyvte.runtime.compat import causal_mask
 from dyvte.runtime.decoder import find_decoder
 
+CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
 SENTINEL, IGNORE, TOKENS, CONTEXT, STEPS = -200, -100, 7, 90, 5
 
 
@@ -33,18 +36,19 @@ class TupleLlamaModel(LlamaModel):
         self.layers = nn.ModuleList(TupleLayer(config, index) for index in range(config.num_hidden_layers))
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-                inputs_embeds=None, use_cache=None, **kwargs):  # fmt: skip
+                inputs_embeds=None, use_cache=None, cache=None, **kwargs):  # fmt: skip
+        past_key_values = cache if past_key_values is None else past_key_values
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + hidden.shape[1])[None]
-        mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values, position_ids)
+        mask = causal_mask(self.config, hidden, attention_mask, past_key_values)
         rotation = self.rotary_emb(hidden, position_ids)
         for layer in self.layers:
             outputs = self.call(layer, hidden, attention_mask=mask, position_ids=position_ids, use_cache=use_cache,
-                                past_key_values=past_key_values, position_embeddings=rotation)  # fmt: skip
+                                position_embeddings=rotation, **{CACHE: past_key_values})  # fmt: skip
             hidden = outputs[0]
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
@@ -107,7 +111,8 @@ class SpliceModel(LlamaForCausalLM):
         )
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-                inputs_embeds=None, labels=None, use_cache=None, images=None, **kwargs):  # fmt: skip
+                inputs_embeds=None, labels=None, use_cache=None, images=None, cache=None, **kwargs):  # fmt: skip
+        past_key_values = cache if past_key_values is None else past_key_values
         if inputs_embeds is None:
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
@@ -116,13 +121,13 @@ class SpliceModel(LlamaForCausalLM):
             )
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, **kwargs,
+            inputs_embeds=inputs_embeds, labels=labels, **kwargs, **{CACHE: past_key_values},
         )  # fmt: skip
 
     @torch.no_grad()
     def generate(self, inputs=None, images=None, **kwargs):
         if images is None:
-            return super().generate(inputs, **kwargs)
+            return super().generate(inputs_embeds=self.model.embed_tokens(inputs), **kwargs)
         _, positions, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
             inputs, kwargs.pop("position_ids", None), kwargs.pop("attention_mask", None), None, None, images
         )
@@ -207,16 +212,17 @@ def test_forward(attention, side):
 
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:1]], ids=["batch", "one"])
-def test_generate(attention, rows, mode):
-    inputs, ids = spliced_inputs(rows)
+def test_generate(attention, rows, mode, side):
+    inputs, ids = spliced_inputs(rows, side)
     inputs["images"] = inputs["images"][: sum(row.count(SENTINEL) for row in rows)]
     if len(rows) == 1:
         inputs.pop("attention_mask")
-    visual, _ = expanded(rows)
+    visual, _ = expanded(rows, side)
     exits = torch.tensor([2, 4, 1])[: len(rows)]
     arguments = {"max_new_tokens": STEPS, "do_sample": False} | mode
-    eager, model = splice_model("eager"), splice_model(attention)
+    eager, model = splice_model("eager", side), splice_model(attention, side)
     with masked_visual_columns(eager, visual, exits):
         expected = eager.generate(ids, **inputs, **arguments)
     each = exits.repeat_interleave(mode.get("num_beams", 1))
@@ -231,6 +237,9 @@ def test_several_calls_of_one_handle():
     model = splice_model()
     inputs, ids = spliced_inputs()
     words = torch.tensor([[5, 6, 7, 8]])
+    long = torch.arange(3, 3 + expanded()[0].shape[1]).repeat(len(ROWS), 1)  # as long as the images were
+    with torch.no_grad():
+        dense_long = model(inputs_embeds=model.model.embed_tokens(long)).logits
     arguments = {"max_new_tokens": STEPS, "do_sample": False}
     dense = model.generate(words, **arguments)
     handle = dyvte.attach(model, dyvte.FixedExit(2), SplicedVisualMask(model))
@@ -239,7 +248,12 @@ def test_several_calls_of_one_handle():
     assert model.generate(words, **arguments).tolist() != first.tolist()
     with torch.no_grad():
         model(input_ids=words)
-    assert handle.layers.tolist() == [6]
+        assert handle.layers.tolist() == [6]
+        model(input_ids=ids, **inputs)
+        with pytest.raises(ValueError, match="was not called"):
+            model(inputs_embeds=model.model.embed_tokens(long))
+    assert model.generate(long, max_new_tokens=1)[:, 0].tolist() == dense_long[:, -1].argmax(-1).tolist()
+    assert handle.layers.tolist() == [6] * len(ROWS)
     assert model.generate(words, **arguments).tolist() == dense.tolist()
     assert model.generate(ids, **inputs, **arguments).tolist() == first.tolist()
     handle.detach()
@@ -283,10 +297,11 @@ def test_the_decoder_may_be_named():
 
 
 class NvilaStyle(SpliceModel):
-    """NVILA's ``_embed`` returns embeddings, labels and mask."""
+    """NVILA's ``_embed`` returns embeddings, labels and mask; it makes a mask where none is given."""
 
     def _embed(self, input_ids, media, media_config, labels, attention_mask):
-        out = self.prepare_inputs_labels_for_multimodal(input_ids, None, attention_mask, None, labels, media)
+        mask = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask
+        out = self.prepare_inputs_labels_for_multimodal(input_ids, None, mask, None, labels, media)
         return out[4], out[5], out[2]
 
     @torch.no_grad()
@@ -295,9 +310,14 @@ class NvilaStyle(SpliceModel):
         return LlamaForCausalLM.generate(self, inputs_embeds=embeds, attention_mask=mask, **kwargs)
 
 
-def test_another_splice_method():
+@pytest.mark.parametrize("masked", [True, False])
+def test_another_splice_method(masked):
     inputs, ids = spliced_inputs()
     given = {"input_ids": ids, "media": inputs["images"], "attention_mask": inputs["attention_mask"]}
+    rows, exits = ROWS, [2, 4, 1]
+    if not masked:  # of different lengths once the images are in
+        rows, exits = [[5, SENTINEL, 8], [11, 12, 13], [SENTINEL, SENTINEL, 4]], [2, 6, 1]
+        given = {"input_ids": torch.tensor(rows), "media": inputs["images"][:3]}
     models = []
     for attention in ("eager", "sdpa"):
         torch.manual_seed(0)
@@ -306,11 +326,15 @@ def test_another_splice_method():
         models.append(NvilaStyle(config).eval())
         models[-1].generation_config.eos_token_id = None
     eager, model = models
-    with masked_visual_columns(eager, expanded()[0], torch.tensor([2, 4, 1])):
-        expected = eager.generate(**given, max_new_tokens=STEPS)
     mask = SplicedVisualMask(model, "_embed", mask_at=2, labels_at=1)
-    with dyvte.visual_exit(model, dyvte.FixedExit([2, 4, 1]), mask):
+    dense = model.generate(**given, max_new_tokens=STEPS)
+    with dyvte.visual_exit(model, dyvte.NeverExit(), mask):
+        assert torch.equal(model.generate(**given, max_new_tokens=STEPS), dense)
+    with masked_visual_columns(eager, expanded(rows)[0], torch.tensor(exits)):
+        expected = eager.generate(**given, max_new_tokens=STEPS)
+    with dyvte.visual_exit(model, dyvte.FixedExit([2, 4, 1]), mask) as handle:
         assert model.generate(**given, max_new_tokens=STEPS).tolist() == expected.tolist()
+    assert handle.layers.tolist() == exits
 
 
 def test_however_layers_are_called(monkeypatch):

@@ -15,9 +15,7 @@ RECORDED = transformers.__version__ == ACCOUNT["transformers"]
 
 
 @pytest.mark.parametrize("name", MAPPING)
-def test_type(name, request):
-    if name == "diffusion_gemma":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="attaching raises an AttributeError"))
+def test_type(name):
     account = examine(name).entry()
     assert account["outcome"] != "wrong", account
     if RECORDED:

@@ -143,16 +143,18 @@ class Subject:
         return definition
 
     @torch.no_grad()
-    def compare_trace(self, prompts: list[list[Piece]], first: int, last: int, needs: dict[str, Any]) -> None:
+    def compare_trace(
+        self, prompts: list[list[Piece]], exits: tuple[int, int], last: int, needs: dict[str, Any]
+    ) -> None:
         """What a trace says of every exit's next token, against the definition."""
         given = self.inputs(prompts)
         needs = needs | {"visual_mask": visual(given)} if needs else needs
         trace = dyvte.trace_batch(self.model, given, **needs)
         answers = torch.full((len(prompts), STEPS - 1), 5)
         dense = self.expected(prompts, given, answers, [last] * len(prompts))
-        for layer in (first, last - 1):
-            exits = self.expected(prompts, given, answers, [layer] * len(prompts))
-            for row, (at_exit, whole) in enumerate(zip(exits, dense)):
+        for layer in exits:
+            leaving = self.expected(prompts, given, answers, [layer] * len(prompts))
+            for row, (at_exit, whole) in enumerate(zip(leaving, dense)):
                 q, p = at_exit[-STEPS].log_softmax(-1), whole[-STEPS].log_softmax(-1)
                 check(f"trace of exit {layer}, NLL", trace.nll[row, layer - 1], -q[p.argmax()])
                 check(f"trace of exit {layer}, KL", trace.kl[row, layer - 1], (q.exp() * (q - p)).sum())
@@ -179,18 +181,17 @@ def examine(name: str) -> Account:
         return Account("wrong", "attaching is not refused")
     subject, first, needs = Subject(name), None, {}
     try:
-        first, needs = smallest_exit(subject)
-        last = subject.model.config.get_text_config(decoder=True).num_hidden_layers
+        first, largest, last, needs = allowed_exits(subject)
         single = subject.prompt(3, 5)
-        logits = [subject.compare([single], [layer], needs)[0] for layer in (first, last - 1, last)]
+        logits = [subject.compare([single], [layer], needs)[0] for layer in (first, largest, last)]
         if (logits[0] - logits[-1])[: 1 - STEPS].abs().max() < 1e-3:
             raise Mismatch(f"exit {first} changes nothing, so nothing was tested")
         prompts = [single, subject.prompt(1, 9), subject.prompt(2, 2, images=2)]
         if "same length" in fixes:
             prompts = [single, [1, *single[1:-1], single[-1] + 2], [4, *single[1:-1], single[-1] - 1]]
-        for exits in ([first, last, last - 1], [min(first + 2, last), first, first + 1]):
+        for exits in ([first, last, largest], [min(first + 2, largest), first, min(first + 1, largest)]):
             subject.compare(prompts, exits, needs)
-        subject.compare_trace(prompts, first, last, needs)
+        subject.compare_trace(prompts, (first, largest), last, needs)
     except Mismatch as error:
         return Account("wrong", str(error), first, ", ".join(needs))
     except Exception as error:
@@ -206,12 +207,12 @@ def refusal(error: Exception) -> bool:
     return isinstance(error, ValueError) and Path(dyvte.__file__).parent in Path(place).parents
 
 
-def smallest_exit(subject: Subject) -> tuple[int, dict[str, Any]]:
-    """The handle's smallest exit, and what attaching needs beside the model."""
+def allowed_exits(subject: Subject) -> tuple[int, int, int, dict[str, Any]]:
+    """The smallest and the largest exit of the handle, the number of layers, and what attaching needs beside them."""
     for needs in ({}, {"visual_mask": torch.ones(1, 1, dtype=torch.bool)}):
         try:
             with dyvte.visual_exit(subject.model, dyvte.NeverExit(), **needs) as handle:
-                return handle.min_layer, needs
+                return handle.min_layer, handle.spec.largest, handle.num_layers, needs
         except ValueError as error:
             if needs or "pass visual_mask" not in str(error):
                 raise

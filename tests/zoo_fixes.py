@@ -20,6 +20,11 @@ LINEAR = {"rope_parameters": WHOLE, "initializer_range": 0.07}  # states carry r
 LETTERS = [*"ABCDEFGHIJ", *("B" + c for c in "ABCDEF")]  # how Chameleon writes 0 to 15
 ROWS_4_BY_4 = [[[x, y, *(((x + 2 * y) * (i + 3)) % 7 - 3.0 for i in range(32))] for y in range(4) for x in range(4)]]
 GRID_4_BY_4 = [[[x, y] for y in range(4) for x in range(4)]]
+SHARING = {
+    "num_hidden_layers": 6,
+    "num_kv_shared_layers": 2,
+    "layer_types": [*["sliding_attention"] * 3, "full_attention", "sliding_attention", "full_attention"],
+}
 OMNI = {"vision_start_token_id": 93, "vision_end_token_id": 94, "audio_start_token_id": 95, "audio_end_token_id": 96}
 CROSS = "its decoder sees images through cross attention"
 ENCODER = "encoder-decoder: visual tokens go to the encoder, the decoder sees them through cross attention"
@@ -110,13 +115,13 @@ FIXES: dict[str, dict] = {
         "config": {
             "vision_config": {"vocab_size": 4, "vocab_offset": 96},
             "audio_config": {"vocab_size": 4, "vocab_offset": 96},
-            "text_config": {"num_kv_shared_layers": 2},
+            "text_config": SHARING,
             "vision_soft_tokens_per_image": 16,
         }
     },
     "gemma4": {
         "config": {
-            "text_config": {"global_head_dim": 16, "num_kv_shared_layers": 2},
+            "text_config": {**SHARING, "global_head_dim": 16},
             "vision_config": {"pooling_kernel_size": 2},
         },
         "pixels": {"pixel_values": (1, 16, 48), "image_position_ids": GRID_4_BY_4},

@@ -34,16 +34,15 @@ def pass_flops(config: PreTrainedConfig, text: int, counts: Sequence[int]) -> in
 
 
 def attention_flops(config: PreTrainedConfig, tokens: int) -> int:
-    """What it takes to read one row of a layer's attention: the keys a second time, one query, one row of scores.
+    """What it takes to read one row of a layer's attention: its scores, from queries and keys that the layer made.
 
     Args:
         config: of the decoder.
         tokens: that the layer works on.
     """
-    size, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return 2 * head_dim * (tokens * size * kv_heads + heads * (size + tokens))
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * head_dim * heads * tokens
 
 
 def prefill_flops(config: PreTrainedConfig, text: int, visual: int, exit_layer: int) -> int:

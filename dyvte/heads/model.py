@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.integrations import deepspeed
 
 from dyvte.heads.card import model_card
 from dyvte.heads.config import ExitHeadsConfig
@@ -20,6 +23,19 @@ from dyvte.heads.published import PublishedHead, read_gates
 from dyvte.heads.risk import threshold_for
 from dyvte.heads.shared import SharedHead
 from dyvte.provenance import atomic_write
+
+
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """While a DeepSpeed config is alive, transformers would leave every rank a part of what it loads."""
+    known = deepspeed._hf_deepspeed_config_weak_ref
+    alive = known() if known is not None else None
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if alive is not None:
+            deepspeed.set_hf_deepspeed_config(alive)
 
 
 class ExitHeads(PreTrainedModel):
@@ -116,12 +132,25 @@ class ExitHeads(PreTrainedModel):
                     "it. If both are the same weights under two names, set heads.config.base_model = None"
                 )
 
+    def check_whole(self) -> None:
+        """Raises ``ValueError`` if weights are partly or wholly elsewhere: on other ranks, or nowhere yet."""
+        for name, weight in self.named_parameters():
+            if weight.is_meta or hasattr(weight, "ds_id") or isinstance(weight, DTensor):
+                raise ValueError(
+                    f"weights of these exit heads are not here as a whole ({name}), but every rank decides by itself: "
+                    "keep them out of zero.Init and fully_shard, and load them with ExitHeads.from_pretrained"
+                )
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> ExitHeads:
-        """As in transformers, but strict: missing, unexpected or misshapen weights are a ``ValueError``."""
+        """As in transformers, but strict: missing, unexpected or misshapen weights are a ``ValueError``.
+
+        The heads are whole on every rank, also where transformers would partition them (ZeRO-3).
+        """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs = {"use_safetensors": True} | kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        heads, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        with _without_zero3():
+            heads, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         faults = [
             f"{what}: {', '.join(sorted(str(key) for key in info[name]))}"
             for what, name in (

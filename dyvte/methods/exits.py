@@ -86,14 +86,15 @@ class ExitPolicy(Reduction):
             admitted = self.admits(view.prompt.visual_state(view.hidden))
             if admitted is not None:
                 admitted = _verdict(self, "admits", admitted, rows).cpu()
-            return _Asked(self, admitted, range(spec.min_layer, spec.num_layers))
+            return _Asked(self, admitted, spec.exits)
         whole = isinstance(planned, torch.Tensor) and not planned.is_floating_point() and planned.shape == (rows,)
         if not whole or planned.min() < 1 or planned.max() > spec.num_layers:
             raise ValueError(
                 f"{type(self).__name__}.plan() must return None or exit layers 1 ... {spec.num_layers}, long [{rows}], "
                 f"not {planned}"
             )
-        return _Planned(planned.cpu().clamp(min=spec.min_layer), spec.num_layers)
+        planned = planned.cpu().clamp(min=spec.min_layer)
+        return _Planned(planned.where(planned <= spec.largest, spec.num_layers), spec.num_layers)
 
 
 class _Planned(Reduction):
@@ -104,7 +105,7 @@ class _Planned(Reduction):
         self.layers: Collection[int] = set(exits.tolist()) - {num_layers}
 
     def select(self, view: LayerView) -> torch.Tensor:
-        return (self.exits[view.samples] > view.layer)[:, None].expand(view.visual.shape)
+        return (self.exits[view.samples] > view.layer)[:, None].expand(view.shape)
 
 
 class _Asked(Reduction):
@@ -119,7 +120,7 @@ class _Asked(Reduction):
     def select(self, view: LayerView) -> torch.Tensor:
         state = view.text_state()
         leaves = _verdict(self.policy, "leaves", self.policy.leaves(view.layer, state), len(state))
-        return ~leaves[:, None].expand(view.visual.shape)
+        return (~leaves)[:, None].expand(view.shape)
 
 
 def _verdict(policy: ExitPolicy, method: str, verdict: torch.Tensor, rows: int) -> torch.Tensor:
@@ -155,6 +156,7 @@ class FixedExit(ExitPolicy):
                 f"exit layer {self.layer} is outside 1 ... {spec.num_layers}: choose how many of the "
                 f"{spec.num_layers} decoder layers see the visual tokens ({spec.num_layers} = never exit)"
             )
+        spec.check_largest(layers.tolist())
         super().check(spec)
 
     def check_rows(self, rows: int) -> None:
@@ -247,6 +249,7 @@ class LearnedExit(ExitPolicy):
 
     def check(self, spec: DecoderSpec) -> None:
         name = getattr(getattr(spec.model, "config", None), "_name_or_path", None)
+        self.heads.check_whole()
         self.heads.check_fits(spec.num_layers, spec.config.hidden_size, name)
         if self.heads.dtype != torch.float32:
             raise ValueError(

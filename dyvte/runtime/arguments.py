@@ -19,6 +19,7 @@ from dyvte.runtime.tokens import KeptTokens
 
 MASK = "attention_mask"
 SHARED_STATES = "shared_kv_states"  # keys and values that later layers read, written by the layers of the same pass
+LENGTHS = ("seqlens_in_batch",)  # tokens of every sample; counted from the mask where they are not given
 # (batch, sequence) counted from the last dimension; further dimensions may stand before or after.
 DIMENSIONS = {
     "position_ids": (-2, -1),
@@ -31,6 +32,7 @@ DIMENSIONS = {
     "visual_pos_masks": (-2, -1),
     "token_type_ids": (-2, -1),
     "mm_token_type_ids": (-2, -1),
+    "moe_mm_token_type_ids": (-2, -1),
 }
 
 
@@ -77,7 +79,7 @@ def check_arguments(layer: nn.Module, arguments: Mapping[str, Any], batch: int, 
             "cannot be withdrawn from this model, use it without the exit"
         )
     for name, value in arguments.items():
-        if name in (MASK, SHARED_STATES, *CACHE_NAMES):
+        if name in (MASK, SHARED_STATES, *LENGTHS, *CACHE_NAMES):
             continue
         if name in DIMENSIONS:
             for part in tensors(value):

@@ -10,8 +10,8 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from dyvte.runtime.compat import CROP_TAKES_LENGTH, PreTrainedConfig, causal_mask
-from dyvte.runtime.decoder import LayerKind
+from dyvte.runtime.compat import CROP_TAKES_LENGTH, EMPTY_LAYERS, PreTrainedConfig, causal_mask
+from dyvte.runtime.kinds import LayerKind
 from dyvte.runtime.masks import Mask, additive
 from dyvte.runtime.tokens import KeptTokens
 
@@ -181,7 +181,7 @@ class KeptLayer(DynamicLayer):
 
 def check_cache(cache: Any) -> None:
     """Raises ``ValueError`` for a cache whose layers cannot hold different tokens."""
-    kinds = (DynamicLayer, DynamicSlidingWindowLayer, KeptLayer)
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer, KeptLayer, *EMPTY_LAYERS)
     layers = getattr(cache, "layers", ())
     plain = isinstance(cache, Cache) and all(type(layer) in kinds or is_recurrent(layer) for layer in layers)
     if not plain or getattr(cache, "offloading", False) or getattr(cache, "is_compileable", False):

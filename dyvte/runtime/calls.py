@@ -144,6 +144,13 @@ class Calls:
         visual, copies = self._visual(batch, length, hidden.device)
         if past > 0 and not bool(visual.any()):
             return None
+        limit = self.spec.longest
+        if limit is not None and past + length > limit:
+            raise ValueError(
+                f"a prompt of {past + length} tokens is too long: beyond {limit}, {type(self.spec.decoder).__name__} "
+                "scales queries by the row that they stand in, and rows shift once visual tokens are gone. Shorten it, "
+                "or use the model without the exit"
+            )
         valid = self._valid(batch, past + length, mask, hidden.device)
         answer, ids = self._beyond_prompt(past, length, visual), self._ids(batch, length)
         return Prompt.from_masks(visual, valid[:, past:], answer, ids, copies), valid[:, :past]

@@ -22,6 +22,10 @@ CACHE_NAMES = ("past_key_values", "cache", "past_key_value", "cache_params")
 # Up to 5.0 ``crop`` takes the length to keep, later the number of tokens to remove as a negative number.
 CROP_TAKES_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
+# 5.23 added what stands in a cache for layers that keep nothing.
+EMPTY_LAYERS = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
+TOKENWISE = ("mlp", "moe")  # types of layers that mix no tokens
+
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 
 
@@ -58,6 +62,8 @@ def layer_types(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
     """The kind of every decoder layer, as its cache knows it, and its window or chunk in tokens, if it has one."""
     if hasattr(cache_utils, "get_layer_types_and_kwargs"):
         types, settings = cache_utils.get_layer_types_and_kwargs(config)
+        named = getattr(config, "layer_types", None) or types  # what a cache need not know is a "dummy" to it
+        types = [name if name in TOKENWISE else kind for kind, name in zip(types, named)]
         return [(kind, more.get("sliding_window")) for kind, more in zip(types, settings)]
     window = getattr(config, "sliding_window", None)
     chunk = getattr(config, "attention_chunk_size", None)

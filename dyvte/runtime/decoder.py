@@ -6,50 +6,18 @@ Everything here asks the model or its config; nothing is a table of architecture
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from dyvte.runtime.compat import PreTrainedConfig, layer_types
+from dyvte.runtime.arguments import SHARED_STATES, argument_names
+from dyvte.runtime.compat import PreTrainedConfig
+from dyvte.runtime.kinds import LayerKind, layer_kinds
+from dyvte.runtime.locate import find_decoder, underlying_model
 
 VISUAL_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-DECODER_NAMES = ("language_model", "text_model", "llm", "decoder", "model")
-LINEAR = ("linear_attention", "conv", "mamba", "short_conv")
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """How a decoder layer mixes tokens.
-
-    Attributes:
-        name: "full_attention", "sliding_attention", "chunked_attention", "linear_attention" (any recurrent or
-            convolutional layer), or "tokenwise" (none at all).
-        span: tokens of the window or chunk.
-    """
-
-    name: str
-    span: int | None = None
-
-    @property
-    def attends(self) -> bool:
-        return self.name not in ("linear_attention", "tokenwise")
-
-    def reaches(self, query: torch.Tensor, key: torch.Tensor, start: torch.Tensor | int) -> torch.Tensor | None:
-        """Which keys lie in the span of a query, by their columns in the full sequence; None: all before it.
-
-        Args:
-            query: long, columns of the queries.
-            key: long, columns of the keys; broadcasts with ``query``.
-            start: the first column that is not padding, from which chunks are counted.
-        """
-        if self.name == "sliding_attention" and self.span is not None:
-            return key > query - self.span
-        if self.name == "chunked_attention":
-            return (key - start) // self.span == (query - start) // self.span
-        return None
 
 
 @dataclass(frozen=True)
@@ -62,6 +30,8 @@ class DecoderSpec:
         config: of the decoder.
         kinds: one per layer.
         first: how many layers must see all visual tokens, since the model adds features to them there (deepstack).
+        stream: which of the states that every token has is the one to be read, where layers work on several at once,
+            [streams, batch, sequence, d] (Gemma 3n); None: there is one, [batch, sequence, d].
     """
 
     model: nn.Module
@@ -69,6 +39,7 @@ class DecoderSpec:
     config: PreTrainedConfig
     kinds: tuple[LayerKind, ...]
     first: int
+    stream: int | None = None
 
     @classmethod
     def of(cls, model: nn.Module, decoder: str | nn.Module | None = None) -> DecoderSpec:
@@ -102,7 +73,19 @@ class DecoderSpec:
                 "flash attention counts the window of sliding layers in cached places, which shift once visual tokens "
                 "are gone: load the model with attn_implementation='sdpa' or 'eager'"
             )
-        return cls(model, decoder, own, kinds, smallest_exit(model, decoder))
+        for index, kind in enumerate(kinds):
+            if kind.source is not None and SHARED_STATES not in argument_names(decoder.layers[index]):
+                raise ValueError(
+                    f"decoder layer {index} looks up the keys of layer {kind.source} in the cache, by their columns, "
+                    "which shift once visual tokens are gone: use a newer transformers, whose layers hand them on"
+                )
+        spec = cls(model, decoder, own, kinds, smallest_exit(model, decoder), getattr(own, "altup_active_idx", None))
+        if spec.num_layers > 1 and spec.min_layer > spec.largest:
+            raise ValueError(
+                f"layers of {type(decoder).__name__} read the keys of layer {spec.largest}, which sees the visual "
+                f"tokens that its first {spec.min_layer} layers need: use the model without the exit"
+            )
+        return spec
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -117,90 +100,47 @@ class DecoderSpec:
         """The smallest exit layer."""
         return max(self.first, 1)
 
+    @property
+    def largest(self) -> int:
+        """The largest exit layer before L, never.
 
-def underlying_model(model: nn.Module) -> nn.Module:
-    """The model whose ``forward`` runs: inside the wrappers of peft, DeepSpeed and data parallelism."""
-    while True:
-        inner = model._modules.get("module")  # engines forward attributes, so hasattr() would not tell
-        if isinstance(inner, nn.Module):
-            model = inner
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return model
+        Keys and values that later layers read again must be those of the text, so visual tokens leave before the first
+        layer that writes such, or never.
+        """
+        return min([kind.source for kind in self.kinds if kind.source is not None], default=self.num_layers - 1)
 
-
-def override(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
-    """Sets an attribute of this module alone; returns what puts back the one that it had, or its class's."""
-    own = vars(module).get(name)
-    setattr(module, name, value)
-
-    def restore() -> None:
-        if own is None:
-            vars(module).pop(name, None)
-        else:
-            setattr(module, name, own)
-
-    return restore
-
-
-def find_decoder(model: nn.Module, decoder: str | nn.Module | None = None) -> nn.Module:
-    """The module that owns the list of decoder layers.
-
-    Asks ``model.get_decoder()`` and, since that may return a wrapper, goes on inwards until there is a ``.layers``.
-
-    Args:
-        decoder: the module itself, or the dotted path to it such as ``"language_model.model"``, where it is known.
-
-    Raises:
-        ValueError: no module with ``.layers`` is found, or its layers cannot do without the visual tokens.
-    """
-    if decoder is not None:
-        return _check_layers(_named_decoder(model, decoder))
-    module = model.get_decoder() if hasattr(model, "get_decoder") else model
-    for start in (module, model):
-        seen: set[int] = set()
-        while start is not None and id(start) not in seen:
-            if _has_layers(start):
-                return _check_layers(start)
-            seen.add(id(start))
-            inner = (getattr(start, name, None) for name in DECODER_NAMES)
-            start = next((m for m in inner if isinstance(m, nn.Module) and id(m) not in seen), None)
-    raise ValueError(
-        f"no decoder layers found in {type(model).__name__}: neither get_decoder() nor "
-        f"{', '.join('.' + name for name in DECODER_NAMES)} lead to a module with a ModuleList .layers. "
-        "Name it: decoder='path.to.it'"
-    )
-
-
-def _has_layers(module: nn.Module | None) -> bool:
-    return isinstance(getattr(module, "layers", None), nn.ModuleList) and len(module.layers) > 0
-
-
-def _named_decoder(model: nn.Module, decoder: str | nn.Module) -> nn.Module:
-    if not isinstance(decoder, (str, nn.Module)):
-        raise TypeError(f"decoder must be a module or the dotted path to it, not {type(decoder).__name__}")
-    module: nn.Module | None = decoder if isinstance(decoder, nn.Module) else model
-    if isinstance(decoder, str):
-        for name in decoder.split("."):
-            module = getattr(module, name, None)
-    if not _has_layers(module):
-        owners = [path for path, inner in model.named_modules() if _has_layers(inner)]
-        named = repr(decoder) if isinstance(decoder, str) else type(decoder).__name__
-        raise ValueError(
-            f"decoder {named} has no ModuleList .layers in {type(model).__name__}: these have: {', '.join(owners)}"
-        )
-    return module
-
-
-def _check_layers(decoder: nn.Module) -> nn.Module:
-    for index, layer in enumerate(decoder.layers):
-        if "cross_attention_states" in inspect.signature(layer.forward).parameters:
+    def check_largest(self, layers: Collection[int]) -> None:
+        """Raises ``ValueError`` if tokens are to leave after more layers than :attr:`largest`, and not never."""
+        late = [layer for layer in layers if self.largest < layer < self.num_layers]
+        if late:
             raise ValueError(
-                f"decoder layer {index} of {type(decoder).__name__} sees images through cross attention, so there are "
-                "no visual tokens to withdraw: use the model without the exit"
+                f"{late[0]} layers are too late to leave {type(self.model).__name__}: later layers read the keys and "
+                f"values of layer {self.largest} (from 0), which must be those of the text by then. Choose "
+                f"{self.min_layer} ... {self.largest}, or {self.num_layers} for never"
             )
-    return decoder
+
+    @property
+    def longest(self) -> int | None:
+        """Columns after which the decoder takes the row of a query for its position (Llama 4); None: it never does."""
+        tunes = getattr(self.config, "attn_temperature_tuning", False)
+        return int(self.config.floor_scale) - 1 if tunes else None
+
+    @property
+    def exits(self) -> range:
+        """The exit layers that the model allows, L left out."""
+        return range(self.min_layer, self.largest + 1)
+
+    def by_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """States as the layers have them, with batch and sequence first: [batch, sequence, (streams,) d]."""
+        return hidden if self.stream is None else hidden.movedim(0, 2)
+
+    def by_layers(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The opposite of :meth:`by_rows`."""
+        return hidden if self.stream is None else hidden.movedim(2, 0)
+
+    def read(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The states to be read, of those from :meth:`by_rows`: [batch, sequence, d]."""
+        return hidden if self.stream is None else hidden[:, :, self.stream]
 
 
 def _refuse_compiled(*modules: nn.Module) -> None:
@@ -210,27 +150,6 @@ def _refuse_compiled(*modules: nn.Module) -> None:
             "a compiled model cannot drop tokens between its layers: attach to the model as it was before "
             "torch.compile() (its _orig_mod)"
         )
-
-
-def layer_kinds(config: PreTrainedConfig, num_layers: int) -> tuple[LayerKind, ...]:
-    """How every decoder layer mixes tokens.
-
-    Raises:
-        ValueError: a layer is of a kind from which tokens cannot be withdrawn.
-    """
-    kinds = []
-    for index, (name, span) in enumerate(layer_types(config)[:num_layers]):
-        if name in LINEAR:
-            kinds.append(LayerKind("linear_attention"))
-        elif name in ("full_attention", "sliding_attention", "chunked_attention"):
-            kinds.append(LayerKind(name, span))
-        else:
-            why = {"dummy": "it has no keys and values of its own"}.get(name, "it is not known how it mixes tokens")
-            raise ValueError(
-                f"decoder layer {index} is a {name!r} layer, and visual tokens cannot be withdrawn from it: {why}. "
-                "Use a model whose decoder layers are full, sliding, chunked or linear attention"
-            )
-    return tuple(kinds + [LayerKind("full_attention")] * (num_layers - len(kinds)))
 
 
 def smallest_exit(model: nn.Module, decoder: nn.Module) -> int:

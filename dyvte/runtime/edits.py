@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from dyvte.runtime.attention import call_arguments
-from dyvte.runtime.decoder import DecoderSpec, override
+from dyvte.runtime.decoder import DecoderSpec
 from dyvte.runtime.masks import additive
+from dyvte.runtime.override import override
 from dyvte.runtime.reduction import Reduction
 from dyvte.runtime.view import LayerView
 

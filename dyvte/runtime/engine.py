@@ -16,31 +16,20 @@ import torch
 from torch import nn
 
 from dyvte.runtime.arguments import MASK, argument_names, layer_call
-from dyvte.runtime.attention import AttentionCall, call_arguments, find_attention
+from dyvte.runtime.attention import AttentionCall, find_attention, watch
 from dyvte.runtime.cache import KeptLayer
 from dyvte.runtime.calls import Calls, Frame, VisualMask
 from dyvte.runtime.compat import call_cache
-from dyvte.runtime.decoder import DecoderSpec, override
+from dyvte.runtime.decoder import DecoderSpec
+from dyvte.runtime.groups import Group
+from dyvte.runtime.override import Override, forward_name, override, refuse_copy
+from dyvte.runtime.placement import check_sharding
 from dyvte.runtime.prefill import PromptPass
 from dyvte.runtime.prompt import Prompt
 from dyvte.runtime.splice import SplicedVisualMask
 
 # Several prompts under way in one call of the decoder, with a cache of their own kind.
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-
-
-class Override:
-    """Stands for a method of one module; unlike a function, it does not go along unnoticed in a copy."""
-
-    def __init__(self, method: Callable[..., Any], called: Callable[..., Any]):
-        functools.update_wrapper(self, method)
-        self._called = called
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._called(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        _refuse_copy()
 
 
 class Engine:
@@ -68,6 +57,7 @@ class Engine:
             raise ValueError(
                 "a visual exit is attached to this model already: detach() it, or leave its with block, first"
             )
+        check_sharding(spec.layers)
         self.spec, self.calls = spec, Calls(spec, visual_mask)
         self.begin, self.finish, self.check_rows = begin, finish, check_rows
         attentions = [find_attention(spec.layers[index]) for index in attention_of]
@@ -98,10 +88,11 @@ class Engine:
         model, decoder = self.spec.model, self.spec.decoder
         for kind, module in {"decoder": decoder, "model": model}.items():
             if kind == "model" or decoder is not model:
-                self._restore.append(override(module, "forward", self._calling(kind, module.forward)))
+                name = forward_name(module)
+                self._restore.append(override(module, name, self._calling(kind, getattr(module, name))))
         if hasattr(model, "generate"):
             self._restore.append(override(model, "generate", self._calling("generate", model.generate)))
-        self._restore.append(override(model, "__getstate__", _refuse_copy))
+        self._restore.append(override(model, "__getstate__", refuse_copy))
         for name in CONTINUOUS_BATCHING:
             if hasattr(model, name):
                 self._restore.append(override(model, name, _refuse_continuous_batching))
@@ -122,6 +113,8 @@ class Engine:
                     self.calls.frames.pop()
                     if outermost:
                         self._end()  # nothing of a call outlives it, also where it failed half-way
+                    if not self.calls.frames and isinstance(self.calls.visual_mask, SplicedVisualMask):
+                        self.calls.visual_mask.forget()
 
         return Override(forward, called)
 
@@ -138,8 +131,7 @@ class Engine:
         self.calls.refuse_batch(given, self.check_rows, max(count or 1 for count in counts))
 
     def _override_layer(self, index: int, layer: nn.Module) -> None:
-        # Where accelerate moves weights around a layer, the groups run inside of that.
-        name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
+        name = forward_name(layer)  # where accelerate moves weights around a layer, the groups run inside of that
         forward = getattr(layer, name)
 
         def called(*args: Any, **kwargs: Any) -> Any:
@@ -149,12 +141,14 @@ class Engine:
         for module in layer.modules():
             if hasattr(module, "_mixed_batch_forward"):
                 self._override_argument(module, "adapter_names", self._adapters)
+                self._override_argument(module, "alora_offsets", self._offsets)
             if "seq_len" in argument_names(module):
                 self._override_argument(module, "seq_len", lambda asked: max(asked, self.length))
 
     def _override_argument(self, module: nn.Module, name: str, change: Callable[[Any], Any]) -> None:
         """Changes one argument of a module's ``forward``, where it is given."""
-        forward = module.forward
+        place = forward_name(module)
+        forward = getattr(module, place)
         names = list(inspect.signature(forward).parameters)
 
         def called(*args: Any, **kwargs: Any) -> Any:
@@ -164,31 +158,35 @@ class Engine:
                 kwargs = kwargs | {name: change(kwargs[name])}
             return forward(*args, **kwargs)
 
-        self._restore.append(override(module, "forward", Override(forward, called)))
+        self._restore.append(override(module, place, Override(forward, called)))
 
-    def _adapters(self, names: list[str]) -> list[str]:
-        """peft's adapter of every sample, for those of the group that is running."""
+    def _adapters(self, names: list[Any]) -> list[Any]:
+        """What peft is told for every sample, such as its adapter, for those of the group that is running."""
         group = self.run.current if self.run is not None else None
         return names if group is None else [names[sample] for sample in group.samples.tolist()]
 
+    def _offsets(self, offsets: list[int | None]) -> list[int | None]:
+        """From which token on peft's activated LoRA is at work, counted from the end."""
+        if self.run is not None and self.run.current is not None and not self.run.current.whole:
+            raise ValueError(
+                "activated LoRA counts tokens, of which some are gone: merge it, or use it without an exit"
+            )
+        return self._adapters(offsets)
+
     def _keep_attention(self, module: nn.Module) -> None:
-        def before(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if self.run is not None and self.run.current is not None:
-                call = AttentionCall(attention, call_arguments(attention, args, kwargs))
-                self.run.attention[id(self.run.current)] = call
+        def group() -> Group | None:
+            return self.run.current if self.run is not None else None
 
-        def after(attention: nn.Module, args: tuple, output: Any) -> None:
-            if self.run is not None and self.run.current is not None:
-                self.run.attention[id(self.run.current)].output = output
+        def keep(call: AttentionCall) -> None:
+            self.run.attention[id(self.run.current)] = call
 
-        self._restore.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        self._restore.append(module.register_forward_hook(after).remove)
+        self._restore.append(watch(module, lambda: None if group() is None else group().keys.valid, keep))
 
     # Running.
 
     def _run_layer(self, index: int, layer: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         hidden, given = layer_call(layer, args, kwargs)
-        if index == 0:
+        if index == 0 and self.run is None:
             self._start(hidden, given)
         if self.run is None:
             return self._decode(index, forward, hidden, given)
@@ -200,12 +198,12 @@ class Engine:
 
     def _start(self, hidden: torch.Tensor, given: dict[str, Any]) -> None:
         self._end()
-        if hidden.ndim != 3:
+        if hidden.ndim != (3 if self.spec.stream is None else 4):
             raise ValueError(
                 f"decoder layers of {type(self.spec.model).__name__} work on states {list(hidden.shape)}, not [batch, "
                 "sequence, width]: visual tokens cannot be withdrawn from this model, use it without the exit"
             )
-        cache = call_cache(given)
+        hidden, cache = self.spec.by_rows(hidden), call_cache(given)
         past = cache.get_seq_length() if cache is not None else 0
         self.length = past + hidden.shape[1]
         found: tuple[Prompt, torch.Tensor] | None = self.calls.prompt(hidden, given.get(MASK), past)
@@ -218,26 +216,24 @@ class Engine:
 
     def _decode(self, index: int, forward: Callable[..., Any], hidden: torch.Tensor, given: dict[str, Any]) -> Any:
         """A mask of its own for a layer that holds some tokens only: the model made one for layer 0."""
-        cache = call_cache(given)
-        layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+        cache, source = call_cache(given), self.spec.kinds[index].source
+        where = index if source is None else source
+        layer = cache.layers[where] if cache is not None and where < len(cache.layers) else None
         if not isinstance(layer, KeptLayer):
             return forward(hidden, **given)
-        layer.expected = True
-        kind, config = self.spec.kinds[index], self.spec.config
-        key = (id(layer.tokens), kind)
+        kind, config = self.spec.kinds[where], self.spec.config
+        key, states = (id(layer.tokens), kind), self.spec.by_rows(hidden)
+        if source is None:
+            layer.expected = True
         if key not in self._masks:
-            self._masks[key] = layer.mask(config, hidden, self.calls.attention_mask, kind, given.get(MASK))
-        given = given | {MASK: self._masks[key]}
+            own = self.spec.read(states)
+            self._masks[key] = layer.mask(config, own, self.calls.attention_mask, kind, given.get(MASK))
+        mask = self._masks[key]  # that of the source for whoever reads its keys, for as many rows as there are
+        cut = isinstance(mask, torch.Tensor) and mask.ndim == 4
+        given = given | {MASK: mask[:, :, -states.shape[1] :] if cut else mask}
         if "position_ids" in given and "flash" in str(config._attn_implementation):
             given["position_ids"] = None  # gaps would read as several packed sequences
         return forward(hidden, **given)
-
-
-def _refuse_copy() -> None:
-    raise TypeError(
-        "a model cannot be copied or pickled while a visual exit is attached, since the copy would run the "
-        "original's layers: detach() the exit, or leave its with block, first"
-    )
 
 
 def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:

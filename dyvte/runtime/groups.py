@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from dyvte.runtime.arguments import MASK, SHARED_STATES, compact_argument
+from dyvte.runtime.arguments import LENGTHS, MASK, SHARED_STATES, compact_argument
 from dyvte.runtime.cache import group_cache
-from dyvte.runtime.decoder import DecoderSpec, LayerKind
+from dyvte.runtime.decoder import DecoderSpec
+from dyvte.runtime.kinds import LayerKind
 from dyvte.runtime.masks import check_mask, compact_mask, continued_mask, select_mask
 from dyvte.runtime.prompt import Prompt, TextReader
 from dyvte.runtime.tokens import KeptTokens
@@ -47,6 +49,7 @@ class Group:
         self.reducible, self.cache, self.whole = reducible, cache, whole
         self._memo: dict[Any, tuple[Any, Any]] = {}
         self._shared: Any = None
+        self._masks: dict[tuple[str, int | None], Any] = {}  # of the layer of each kind that ran last
 
     def memo(self, make: Callable[[], Any], name: Any, *of: Any) -> Any:
         """``make()``, or what it gave before for the same objects, which are kept so that their ids stay theirs."""
@@ -122,31 +125,34 @@ class Group:
         samples = self.samples if self._some else None
         tokens = None if self.whole else self.tokens
         flash = "flash" in str(spec.config._attn_implementation)
+        rows = self.hidden.shape[1]  # fewer than tokens where the model goes on with the last one alone
+        if rows < self.tokens.width:
+            tokens = None
         fitted = {}
         for name, value in given.items():
-            if name == MASK:
-                fitted[name] = self.memo(
-                    lambda v=value: self._mask(v, kind, spec, held, past), (name, kind), value, held
-                )
+            if name == MASK and kind.source is not None:
+                mask = self._masks[kind.name, kind.span]
+                fitted[name] = mask[:, :, -rows:] if mask is not None and mask.ndim == 4 else mask
+            elif name == MASK:
+                fit = functools.partial(self._mask, value, kind, spec, held, past)
+                fitted[name] = self._masks[kind.name, kind.span] = self.memo(fit, (name, kind), value, held)
+            elif name == "position_ids" and rows < self.tokens.width and value is not None:
+                fitted[name] = compact_argument(name, value, samples, None, batch)[..., -rows:]
             elif name == SHARED_STATES:
                 fitted[name] = self._shared_states(value)
+            elif name in LENGTHS:
+                fitted[name] = None
             elif name == "position_ids" and flash and not self.whole:
                 fitted[name] = None  # gaps would read as several packed sequences; rotations are applied already
             else:
-                fitted[name] = self.memo(
-                    lambda n=name, v=value: compact_argument(n, v, samples, tokens, batch), name, value
-                )
+                fit = functools.partial(compact_argument, name, value, samples, tokens, batch)
+                fitted[name] = self.memo(fit, name, value)
         return fitted
 
     @property
     def _some(self) -> bool:
-        return self.memo(
-            lambda: (
-                len(self.samples) != self.prompt.shape[0]
-                or not torch.equal(self.samples, torch.arange(len(self.samples)))
-            ),
-            "some",
-        )
+        everyone = torch.arange(self.prompt.shape[0])
+        return self.memo(lambda: not torch.equal(self.samples, everyone), "some")
 
     def _mask(self, mask: Any, kind: LayerKind, spec: DecoderSpec, held: KeptTokens | None, past: int) -> Any:
         check_mask(mask)

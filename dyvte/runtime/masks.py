@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dyvte.runtime.compat import PreTrainedConfig, causal_mask
-from dyvte.runtime.decoder import LayerKind
+from dyvte.runtime.kinds import LayerKind
 from dyvte.runtime.tokens import KeptTokens
 
 Mask = Any  # bool or float [batch, 1, query, key], [batch, key], or None

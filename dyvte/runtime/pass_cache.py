@@ -43,7 +43,8 @@ class PassCache:
 
     def serves(self, index: int, group: Group) -> bool:
         """Whether a layer runs for a group as the model calls it: the whole batch, with all tokens there ever were."""
-        return self._is_batch(group) and not isinstance(self._layer(index), KeptLayer)
+        source = self.spec.kinds[index].source
+        return self._is_batch(group) and not isinstance(self._layer(index if source is None else source), KeptLayer)
 
     def _is_batch(self, group: Group) -> bool:
         return group.whole and group.cache is self.cache and len(group.samples) == self.batch
@@ -55,7 +56,7 @@ class PassCache:
     def held(self, index: int) -> KeptTokens | None:
         """What the model's cache holds of the turns before at a layer; None at a first turn."""
         layer = self._layer(index)
-        if self.length == 0 or layer is None or is_recurrent(layer):
+        if self.length == 0 or layer is None or is_recurrent(layer) or not self.spec.kinds[index].caches:
             return None
         key = (id(layer.tokens), layer.keys.shape[2]) if isinstance(layer, KeptLayer) else (layer.keys.shape[2],)
         if key not in self._held:
@@ -70,6 +71,8 @@ class PassCache:
         """
         before, kind = self._layer(index), self.spec.kinds[index]
         some = len(group.samples) != self.batch
+        if not kind.caches:
+            return group.cache
         if kind.attends:
             layer = self._kept_layer(group, before, held, some)
         elif is_recurrent(before):
@@ -108,7 +111,7 @@ class PassCache:
         Raises:
             ValueError: a group's layer was not written, or not as promised.
         """
-        if self.cache is None:
+        if self.cache is None or not self.spec.kinds[index].caches:
             return
         own = [self._written(index, group) for group in groups]
         if all(group.cache is self.cache for group in groups):

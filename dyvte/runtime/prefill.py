@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from dyvte.runtime.arguments import cache_name, check_arguments
+from dyvte.runtime.arguments import cache_name, check_arguments, tensors
 from dyvte.runtime.attention import AttentionCall
 from dyvte.runtime.bypass import Bypass, Detour, by_layer
 from dyvte.runtime.decoder import DecoderSpec
 from dyvte.runtime.groups import Group, regroup, split
 from dyvte.runtime.pass_cache import PassCache
+from dyvte.runtime.placement import loaded
 from dyvte.runtime.prompt import Prompt
 from dyvte.runtime.reduction import Reduction
 from dyvte.runtime.tokens import KeptTokens
@@ -85,6 +86,11 @@ class PromptPass:
             hidden: as the model hands them on: those of the first group.
             given: the layer's other arguments, as for the whole batch.
         """
+        if index != len(self.counts):
+            raise ValueError(
+                f"{type(self.spec.decoder).__name__} runs decoder layer {index} after {len(self.counts)} others: "
+                "tokens can be withdrawn only where every layer runs once, in order. Use the model without the exit"
+            )
         self._receive(index, hidden)
         self._reduce(index)
         self.attention.clear()
@@ -93,12 +99,17 @@ class PromptPass:
         working = [detour.part for detour in detours] or self.groups
         self._note(working)
         name, last = cache_name(given), index == self.spec.num_layers - 1
-        output = None
-        for group in working:
-            self.current = group
-            group.hidden = group.hidden.to(hidden.device)
-            output = forward(group.hidden, **self._arguments(index, group, given, name))
-            group.hidden = output[0] if isinstance(output, tuple) else output
+        others: tuple | None = None  # what the layer returns beside its states
+        with loaded(self.spec.layers[index], len(working)):
+            for group in working:
+                self.current = group
+                group.hidden = group.hidden.to(hidden.device)
+                states = self.spec.by_layers(group.hidden)
+                output = forward(states, **self._arguments(index, group, given, name))
+                states, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+                group.hidden = self.spec.by_rows(states)
+                if others and not self.cache.serves(index, group):
+                    others = self._other_outputs(index, group, others)
         self.current = None
         self.cache.merge(index, working)
         for detour in detours:
@@ -106,8 +117,19 @@ class PromptPass:
         result = self._full() if last else self.groups[0].hidden
         if last and not self._dense:
             self._check_finite(result)
-        self._returned, self.returns_tuple = result, isinstance(output, tuple)
-        return (result, *output[1:]) if isinstance(output, tuple) else result
+        result = self.spec.by_layers(result)
+        self._returned, self.returns_tuple = result, others is not None
+        return result if others is None else (result, *others)
+
+    def _other_outputs(self, index: int, group: Group, others: tuple) -> tuple:
+        """What a layer that ran for one group returns beside its states, as if for the whole batch."""
+        if tensors(others):
+            raise ValueError(
+                f"decoder layer {index} of {type(self.spec.model).__name__} returns tensors beside its states (keys "
+                "and values, in old code), which cannot be put together for samples that hold different tokens: call "
+                "the model with use_cache=False, or without the exit"
+            )
+        return tuple(self.cache.cache if other is group.cache else other for other in others)
 
     def _arguments(self, index: int, group: Group, given: dict[str, Any], name: str | None) -> dict[str, Any]:
         if self.cache.serves(index, group):
@@ -129,14 +151,24 @@ class PromptPass:
 
     def _receive(self, index: int, hidden: torch.Tensor) -> None:
         group, before = self.groups[0], self._returned
-        if before is not None and not self._dense and hidden is not before:
+        if before is not None and not self._dense and self._is_last_row(index, hidden, before):
+            for other in self.groups:  # only layers that read other layers' keys are left: no other row matters
+                other.hidden = other.hidden[:, -1:]
+        elif before is not None and not self._dense and hidden is not before:
             moved = hidden.device != before.device or hidden.dtype != before.dtype
             if hidden.shape != before.shape or not (moved or hidden.data_ptr() == before.data_ptr()):
                 raise ValueError(
                     f"the model changes the hidden states before decoder layer {index}, when some visual tokens are "
                     "gone: they cannot be withdrawn so early. Choose a later layer, or use it without the exit"
                 )
-        group.hidden = hidden
+        group.hidden = self.spec.by_rows(hidden)
+
+    def _is_last_row(self, index: int, hidden: torch.Tensor, before: torch.Tensor) -> bool:
+        """Whether the model goes on with the last row alone, as Gemma 4 does for ``logits_to_keep=1``."""
+        if self.spec.kinds[index].source is None or self.spec.stream is not None or hidden.ndim != 3:
+            return False
+        last = before[:, -1:]
+        return before.shape[1] > 1 and hidden.shape == last.shape and hidden.data_ptr() == last.data_ptr()
 
     @property
     def _dense(self) -> bool:
@@ -157,7 +189,7 @@ class PromptPass:
             self._apply(index, verdicts)
 
     def _asks(self, reduction: Reduction, layer: int) -> bool:
-        allowed = self.spec.first <= layer < self.spec.num_layers
+        allowed = self.spec.first <= layer <= self.spec.largest
         return allowed and (reduction.layers is None or layer in reduction.layers)
 
     @staticmethod
@@ -174,9 +206,14 @@ class PromptPass:
             return
         view = LayerView(group, places, layer, self.spec, self.attention.get(id(group)), self.vision)
         keep = reduction.select(view)
-        if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.shape != view.visual.shape:
-            raise ValueError(f"{type(reduction).__name__}.select() must return bool {list(view.visual.shape)}")
+        if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.shape != view.shape:
+            raise ValueError(f"{type(reduction).__name__}.select() must return bool {list(view.shape)}")
         update = reduction.update(view, keep)
+        if update is not None and self.spec.stream is not None:
+            raise ValueError(
+                f"{type(reduction).__name__} replaces states, and every token of {type(self.spec.decoder).__name__} "
+                "has several: choose a method that only drops tokens"
+            )
         if update is not None and (reduction.lookahead or update.shape != view.hidden.shape):
             raise ValueError(
                 f"{type(reduction).__name__}.update() must return states {list(view.hidden.shape)}, and needs the "
@@ -216,21 +253,23 @@ class PromptPass:
         if self._dense:
             return self.groups[0].hidden
         like = self.groups[0].hidden
-        full = like.new_zeros(self.batch, self.length, like.shape[-1])
+        one = like.shape[1] < self.groups[0].tokens.width  # the last row is all that the model went on with
+        full = like.new_zeros(self.batch, 1 if one else self.length, *like.shape[2:])
         for group in self.groups:
             rows = group.samples_on(full.device)
-            if group.whole:
+            if group.whole or one:
                 full[rows] = group.hidden.to(full.device)
             else:
                 # Places that hold nothing write their zeros to columns that are gone anyway.
-                states = group.hidden * group.tokens.valid[..., None].to(group.hidden)
+                states = group.hidden.where(group.tokens.valid[(..., *[None] * (like.ndim - 2))], 0)
                 full[rows[:, None], group.tokens.index.to(full.device)] = states.to(full.device)
         return full
 
     def _check_finite(self, hidden: torch.Tensor) -> None:
         """Raises ``ValueError`` if the last token of a prompt came out as NaN or infinite."""
         tail = self.prompt.tail
-        last = tail.gather(hidden)[:, -1] if tail.index.device == hidden.device else hidden[:, -1]
-        fine = last.isfinite().all(1) | ~tail.valid[:, -1].to(hidden.device)
+        there = hidden.shape[1] == self.length and tail.index.device == hidden.device
+        last = tail.gather(hidden)[:, -1] if there else hidden[:, -1]
+        fine = last.isfinite().flatten(1).all(1) | ~tail.valid[:, -1].to(hidden.device)
         if not bool(fine.all()):
             raise ValueError(not_finite((~fine).nonzero().flatten().tolist(), self.spec.num_layers))

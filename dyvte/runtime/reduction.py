@@ -44,6 +44,7 @@ class Reduction:
                     f"layer {outside[0]} is outside {spec.first} ... {spec.num_layers}: choose after how many of the "
                     f"{spec.num_layers} decoder layers visual tokens are dropped"
                 )
+            spec.check_largest(self.layers)
 
     def check_rows(self, rows: int) -> None:
         """Raises ``ValueError`` if it does not fit a batch of this many rows, before the model runs."""

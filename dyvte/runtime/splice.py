@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dyvte.runtime.decoder import override, underlying_model
+from dyvte.runtime.calls import IMAGES
+from dyvte.runtime.decoder import underlying_model
+from dyvte.runtime.override import override
 
 
 class SplicedVisualMask:
@@ -56,12 +58,22 @@ class SplicedVisualMask:
         self.columns: torch.Tensor | None = None
 
     def __call__(self, call: dict[str, Any]) -> torch.Tensor:
-        if self.latest is None:
+        if self.latest is not None:
+            return self.latest
+        ids = call.get("input_ids") if call.get("inputs") is None else call["inputs"]
+        images = any(value is not None for name, value in call.items() if name.startswith(IMAGES))
+        if ids is None or images:
             raise ValueError(
                 f"{self.method} was not called before the decoder: call the model with input_ids and images, or pass "
                 "visual_mask as a bool tensor"
             )
-        return self.latest
+        # Without images some models embed the ids themselves.
+        entered = ids if call.get("inputs_embeds") is None else call["inputs_embeds"]
+        return torch.zeros(entered.shape[:2], dtype=torch.bool, device=entered.device)
+
+    def forget(self) -> None:
+        """The outermost call has ended; the next one may be about another prompt."""
+        self.latest = self.columns = None
 
     def expand(self, grid: torch.Tensor, fill: int) -> torch.Tensor:
         """Something given for ``input_ids`` [batch, ids], as the decoder's sequence has it; ``fill`` elsewhere."""
@@ -75,7 +87,7 @@ class SplicedVisualMask:
 
         def detach() -> None:
             restore()
-            self.latest = self.columns = None
+            self.forget()
 
         return detach
 

@@ -19,12 +19,11 @@ class Verdict:
 
     def __init__(self, view: LayerView, keep: torch.Tensor, update: torch.Tensor | None):
         self.view, self.update = view, update
-        visual = view.visual
-        self.keep = keep.to(visual.device)
-        flags = [(visual & ~self.keep).any(1)]
-        if view.finite is not None:
-            flags.append(view.finite.to(visual.device))
-        stacked = torch.stack(flags)
+        self.keep = keep.to(view.group.hidden.device)
+        # All or nothing, as exits answer: whoever is asked about has visual tokens left.
+        alike = self.keep.stride(1) == 0
+        fewer = ~self.keep[:, 0] if alike else (view.visual.to(self.keep.device) & ~self.keep).any(1)
+        stacked = fewer[None] if view.finite is None else torch.stack([fewer, view.finite])
         self._flags = stacked.to("cpu", non_blocking=True, copy=True)
         self._arrived: torch.Event | None = None
         if stacked.device.type != "cpu":

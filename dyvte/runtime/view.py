@@ -44,9 +44,14 @@ class LayerView:
         return grid if self._everyone else grid[self.places.to(grid.device)]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(n, width)"""
+        return len(self.places), self.group.tokens.width
+
+    @property
     def hidden(self) -> torch.Tensor:
         """[n, width, d], the states after the layers so far, before any final norm."""
-        return self._rows(self.group.hidden)
+        return self._rows(self.spec.read(self.group.hidden))
 
     @property
     def tokens(self) -> KeptTokens:
@@ -66,8 +71,8 @@ class LayerView:
 
     def text_state(self) -> torch.Tensor:
         """float32 [n, 2d], see :class:`~dyvte.runtime.prompt.TextReader`."""
-        state = self.group.reader(self.places)(self.group.hidden)
-        self.finite = state.isfinite().all(1)
+        state = self.group.reader(self.places)(self.spec.read(self.group.hidden))
+        self.finite = state.sum(1).isfinite()
         return state
 
     def last_token(self) -> torch.Tensor:

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from dyvte.runtime.calls import VisualMask
-from dyvte.runtime.decoder import DecoderSpec, override, visual_tokens
+from dyvte.runtime.decoder import DecoderSpec, visual_tokens
 from dyvte.runtime.engine import Engine
 from dyvte.runtime.groups import Group
+from dyvte.runtime.locate import without_engine
+from dyvte.runtime.override import override
 from dyvte.runtime.prefill import PromptPass
 from dyvte.runtime.prompt import Prompt
 from dyvte.runtime.splice import SplicedVisualMask
@@ -70,9 +72,9 @@ def trace_batch(
 
     Args:
         model: any MLLM of transformers, or a decoder-only model fed with ``inputs_embeds``.
-        inputs: what the model takes, padded on either side. For a given answer: the answer's tokens in the sequence and
-            ``labels`` [batch, sequence], -100 everywhere else. Answer tokens never enter a text state. Without
-            ``labels`` agreement and NLL are those of the dense model's next token.
+        inputs: what the model takes (peft's ``adapter_names`` too), padded on either side. For a given answer: the
+            answer's tokens in the sequence and ``labels`` [batch, sequence], -100 everywhere else. Answer tokens never
+            enter a text state. Without ``labels`` agreement and NLL are those of the dense model's next token.
         visual_mask: as in :func:`dyvte.attach`.
         decoder: as in :func:`dyvte.attach`.
         exits: which exit layers to trace: a stride k (every k-th layer that the model allows, and the last before L),
@@ -102,12 +104,23 @@ def trace_batch(
             own = visual_mask.expand(own, -100)
         return TracePass(spec, prompt, hidden, cache, past, own, traced)
 
+    called = spec.model if inputs.get("adapter_names") is None else _adapted(model, spec)
     engine = Engine(spec, visual_mask, begin, passes.append)
     try:
-        logits = spec.model(**inputs, use_cache=False).logits
+        logits = called(**inputs, use_cache=False).logits
     finally:
         engine.remove()
     return passes[0].finish(logits)
+
+
+def _adapted(model: nn.Module, spec: DecoderSpec) -> nn.Module:
+    """The model within peft's wrapper, which gives every sample its adapter."""
+    if hasattr(spec.model.get_output_embeddings(), "_mixed_batch_forward"):
+        raise ValueError(
+            "adapter_names cannot be traced where the language-model head has adapters of its own: trace the samples "
+            "of each adapter by themselves, with set_adapter()"
+        )
+    return without_engine(model)
 
 
 def traced_exits(exits: int | Sequence[int] | None, spec: DecoderSpec) -> list[int]:
@@ -116,7 +129,7 @@ def traced_exits(exits: int | Sequence[int] | None, spec: DecoderSpec) -> list[i
     Raises:
         ValueError: an exit layer that the model does not have or allow.
     """
-    allowed = range(spec.min_layer, spec.num_layers)
+    allowed = spec.exits
     if exits is None:
         return list(allowed)
     if isinstance(exits, int) and not isinstance(exits, bool) and exits >= 1:
@@ -156,7 +169,7 @@ class TracePass(PromptPass):
             self.targets = labels.to(self.reads.index.device).gather(
                 1, (self.reads.index + 1).clamp(max=self.length - 1)
             )
-        self.visual = prompt.visual_state(hidden)
+        self.visual = prompt.visual_state(spec.read(hidden))
         self.states: list[torch.Tensor] = []
         self.rows: torch.Tensor | None = None  # [exits + 1, batch, reads, d]: branch by branch, the dense model last
 
@@ -177,7 +190,7 @@ class TracePass(PromptPass):
         """After ``index`` layers: reads the text states, and lets a branch be born."""
         main = self.groups[0]
         if index > 0:
-            self.states.append(self.prompt.reader(main.hidden))
+            self.states.append(self.prompt.reader(self.spec.read(main.hidden)))
         if index not in self.exits:
             return
         rows, branches = self.text.gather(main.hidden), 1
@@ -192,7 +205,7 @@ class TracePass(PromptPass):
     def _full(self) -> torch.Tensor:
         """The rows that matter, for the model's own norm and head; too many of them are left for later."""
         main = self.groups[0]
-        self.states.append(self.prompt.reader(main.hidden))
+        self.states.append(self.prompt.reader(self.spec.read(main.hidden)))
         dense = self.reads.gather(main.hidden)
         rows = [dense[None]]
         if len(self.groups) > 1:
