@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test fuzz lint reproduce reference-mllm traces heads evaluation collect studies figures benchmarks clean
+.PHONY: help demo test test-matrix fuzz lint reproduce reference-mllm traces heads evaluation collect studies figures benchmarks clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -22,6 +22,24 @@ demo: $(VENV)/installed      ## answer held-out questions dense and with exits: 
 
 test: $(VENV)/installed      ## all tests
 	$(BIN)/python -m pytest -q
+
+# What the inference core and tracing are tested on, each version in an environment of its own.
+VERSIONS ?= 4.57.6 5.0.0 5.19.0 5.23.0 5.24.0
+CORE = withdrawal families decoding pruning fuzz tracing learned_exit sentinel_models bad_input heads original_gates \
+	engine outside methods_eas methods_folder methods_layers methods_selection
+MATRIX_TESTS ?= $(CORE:%=tests/test_%.py)
+
+.matrix/%/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet -c constraints.txt torch
+	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/pip install --quiet -c $(@D)/constraints.txt transformers==$* accelerate peft pytest hypothesis -e .
+	@touch $@
+
+test-matrix: $(VERSIONS:%=matrix-%)  ## the core's tests on every version of transformers, or VERSIONS="4.57.6 5.19.0"
+
+matrix-%: .matrix/%/installed
+	$(<D)/bin/python -m pytest -q $(MATRIX_TESTS)
 
 lint: $(VENV)/installed      ## style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -68,5 +86,5 @@ reference-mllm: $(VENV)/installed  ## train the reference MLLM from nothing (abo
 benchmarks: $(VENV)/installed ## measure the costs of tracing and exiting on this machine
 	for name in trace_cost prefill stages; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
-clean:           ## remove the environment and runs
-	rm -rf $(VENV) runs
+clean:           ## remove the environments and runs
+	rm -rf $(VENV) .matrix runs

@@ -7,12 +7,16 @@ A prompt is a list of pieces: a number of text tokens, or the name of something 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers as tf
+from models import CACHE, draw_weights
+
+from dyvte.runtime.compat import PreTrainedConfig, call_cache
 
 LAYERS = 5
 PAD, IMAGE, VIDEO, START, END, BREAK = 0, 90, 91, 92, 93, 94
@@ -31,7 +35,7 @@ TEXT = {
     "pad_token_id": PAD,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "initializer_range": 0.2,  # far from uniform attention, so that a wrong mask shows
+    "initializer_range": 0.2,
 }
 VISION = {
     "hidden_size": 16,
@@ -41,6 +45,7 @@ VISION = {
     "image_size": 16,
     "patch_size": 4,
 }
+ROTATION = "rope_parameters" if hasattr(tf.LlamaConfig(), "rope_parameters") else "rope_scaling"  # 5.0 renamed it
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 QWEN_IDS = {
     "image_token_id": IMAGE,
@@ -68,7 +73,7 @@ class Family:
     """
 
     name: str
-    config: Callable[[], tf.PreTrainedConfig]
+    config: Callable[[], PreTrainedConfig]
     model: str
     look: Callable[[str, torch.Generator], tuple[list[int], Pixels]]
     collate: Callable[[list[list[Pixels]]], Pixels] = field(default=lambda samples: stack(samples))
@@ -83,9 +88,10 @@ class Family:
         """The model with seeded random weights, in eval mode, one for all tests; it never generates special ids."""
         config = self.config()
         config._attn_implementation = attention
-        torch.manual_seed(0)
-        model = getattr(tf, self.model)(config).eval()
-        model.generation_config = tf.GenerationConfig(pad_token_id=PAD, suppress_tokens=SPECIAL)
+        model = draw_weights(getattr(tf, self.model)(config))
+        model.generation_config = tf.GenerationConfig(
+            pad_token_id=PAD, eos_token_id=SPECIAL[-1], suppress_tokens=SPECIAL
+        )
         return model.to(dtype)
 
     def batch(self, *prompts: list[Piece], side: str = "left", seed: int = 0) -> dict[str, Any]:
@@ -111,8 +117,32 @@ class Family:
         if side == "right":
             masks, padded = [mask[::-1] for mask in masks], [ids + pad for ids, pad in zip(rows, pads)]
         ids = torch.tensor(padded)
-        inputs = {"input_ids": ids, "attention_mask": torch.tensor(masks)} | self.extra(ids)
+        inputs = {"input_ids": ids, "attention_mask": torch.tensor(masks)} | self.extra_inputs(ids)
         return inputs | (self.collate(pixels) if any(pixels) else {})
+
+    @functools.cache  # noqa: B019
+    def sees_later_images(self) -> bool:
+        """Whether this version's ``generate`` hands the model new images on a continued cache, instead of none."""
+        if not self.later_images:
+            return False
+        model, first = self.build("eager"), self.batch([3, "image", 5])
+        scores = []
+        for seed in (1, 2):
+            more = self.batch([2, "image", 3], seed=seed)
+            ids = torch.cat([first["input_ids"], more["input_ids"]], 1)
+            ids[ids < 80] = 5  # the same text for both
+            with torch.no_grad():
+                cache = call_cache(model(**first, use_cache=True))
+                given = more | {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: cache}
+                given |= self.extra_inputs(ids)
+                out = model.generate(**given, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+            scores.append(out.logits[0])
+        return not torch.equal(*scores)
+
+    def extra_inputs(self, ids: torch.Tensor) -> Pixels:
+        """Further inputs from the ids, as far as this version of the model takes them."""
+        takes = inspect.signature(getattr(tf, self.model).forward).parameters
+        return {name: value for name, value in self.extra(ids).items() if name in takes}
 
     @staticmethod
     def visual(inputs: dict[str, Any]) -> torch.Tensor:
@@ -149,14 +179,14 @@ def plain_image(tokens: int, kind: str, generator: torch.Generator, around: tupl
     return ids, {"pixel_values": torch.randn(tiles, 3, 16, 16, generator=generator)}
 
 
-def llava() -> tf.PreTrainedConfig:
+def llava() -> PreTrainedConfig:
     vision = tf.CLIPVisionConfig(projection_dim=16, **VISION)
     return tf.LlavaConfig(
         vision_config=vision, text_config=tf.LlamaConfig(**TEXT), image_token_index=IMAGE, image_seq_length=16
     )
 
 
-def vipllava() -> tf.PreTrainedConfig:
+def vipllava() -> PreTrainedConfig:
     vision = tf.CLIPVisionConfig(projection_dim=16, **VISION)
     return tf.VipLlavaConfig(
         vision_config=vision,
@@ -170,7 +200,7 @@ def vipllava() -> tf.PreTrainedConfig:
 PINPOINTS = [[16, 32], [32, 16]]
 
 
-def llava_next() -> tf.PreTrainedConfig:
+def llava_next() -> PreTrainedConfig:
     vision = tf.CLIPVisionConfig(projection_dim=16, **VISION)
     return tf.LlavaNextConfig(
         vision_config=vision,
@@ -193,7 +223,7 @@ def anyres(kind: str, generator: torch.Generator) -> tuple[list[int], Pixels]:
     return [IMAGE] * tokens, {"pixel_values": pixels, "image_sizes": torch.tensor([[high, wide]])}
 
 
-def llava_onevision() -> tf.PreTrainedConfig:
+def llava_onevision() -> PreTrainedConfig:
     vision = tf.SiglipVisionConfig(vision_use_head=False, **VISION)
     return tf.LlavaOnevisionConfig(
         vision_config=vision,
@@ -205,7 +235,7 @@ def llava_onevision() -> tf.PreTrainedConfig:
     )
 
 
-def video_llava() -> tf.PreTrainedConfig:
+def video_llava() -> PreTrainedConfig:
     vision = tf.CLIPVisionConfig(projection_dim=16, **VISION)
     return tf.VideoLlavaConfig(
         vision_config=vision,
@@ -219,24 +249,26 @@ def video_llava() -> tf.PreTrainedConfig:
 def frames_or_image(kind: str, generator: torch.Generator) -> tuple[list[int], Pixels]:
     if kind == "video":
         return [VIDEO] * (2 * 17), {"pixel_values_videos": torch.randn(1, 2, 3, 16, 16, generator=generator)}
-    return [IMAGE] * 16, {"pixel_values": torch.randn(1, 3, 16, 16, generator=generator)}
+    takes = inspect.signature(tf.VideoLlavaForConditionalGeneration.forward).parameters
+    name = "pixel_values" if "pixel_values" in takes else "pixel_values_images"
+    return [IMAGE] * 16, {name: torch.randn(1, 3, 16, 16, generator=generator)}
 
 
-def internvl() -> tf.PreTrainedConfig:
+def internvl() -> PreTrainedConfig:
     vision = tf.InternVLVisionConfig(**VISION | {"image_size": (16, 16), "patch_size": (4, 4)})
     return tf.InternVLConfig(
         vision_config=vision, text_config=tf.Qwen2Config(**TEXT), image_token_id=IMAGE, image_seq_length=4
     )
 
 
-def aya_vision() -> tf.PreTrainedConfig:
+def aya_vision() -> PreTrainedConfig:
     vision = tf.SiglipVisionConfig(vision_use_head=False, **VISION)
     text = tf.Cohere2Config(**TEXT, sliding_window=10)  # four sliding layers, one without a window
     text.layer_types = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
     return tf.AyaVisionConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, downsample_factor=2)
 
 
-def gemma3() -> tf.PreTrainedConfig:
+def gemma3() -> PreTrainedConfig:
     vision = tf.SiglipVisionConfig(vision_use_head=False, **VISION)
     types = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     text = tf.Gemma3TextConfig(**TEXT, sliding_window=12, layer_types=types, query_pre_attn_scalar=8)
@@ -250,20 +282,20 @@ def gemma3() -> tf.PreTrainedConfig:
     )
 
 
-def paligemma() -> tf.PreTrainedConfig:
+def paligemma() -> PreTrainedConfig:
     vision = tf.SiglipVisionConfig(vision_use_head=False, projection_dim=32, **VISION)
     return tf.PaliGemmaConfig(
         vision_config=vision, text_config=tf.GemmaConfig(**TEXT), image_token_index=IMAGE, projection_dim=32
     )
 
 
-def paligemma2() -> tf.PreTrainedConfig:
+def paligemma2() -> PreTrainedConfig:
     vision = tf.SiglipVisionConfig(vision_use_head=False, projection_dim=32, **VISION)
     text = tf.Gemma2Config(**TEXT, sliding_window=12, query_pre_attn_scalar=8)
     return tf.PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, projection_dim=32)
 
 
-def idefics3(kind: str = "Idefics3") -> tf.PreTrainedConfig:
+def idefics3(kind: str = "Idefics3") -> PreTrainedConfig:
     vision = getattr(tf, f"{kind}VisionConfig")(**VISION)
     text = tf.LlamaConfig(**TEXT)
     return getattr(tf, f"{kind}Config")(
@@ -281,13 +313,13 @@ def per_sample(samples: list[list[Pixels]]) -> Pixels:
     return {"pixel_values": pixels}
 
 
-def mistral3() -> tf.PreTrainedConfig:
+def mistral3() -> PreTrainedConfig:
     vision = tf.PixtralVisionConfig(**VISION | {"image_size": 32})
     text = tf.MistralConfig(**TEXT, sliding_window=None)
     return tf.Mistral3Config(vision_config=vision, text_config=text, image_token_index=IMAGE, spatial_merge_size=2)
 
 
-def mistral3_sliding() -> tf.PreTrainedConfig:
+def mistral3_sliding() -> PreTrainedConfig:
     config = mistral3()
     config.text_config.sliding_window = 10
     return config
@@ -305,12 +337,12 @@ def broken_rows(kind: str, generator: torch.Generator) -> tuple[list[int], Pixel
 QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
 
 
-def qwen2_vl() -> tf.PreTrainedConfig:
+def qwen2_vl() -> PreTrainedConfig:
     vision = {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2, **QWEN_VISION}
-    return tf.Qwen2VLConfig(text_config={**TEXT, "rope_parameters": MROPE}, vision_config=vision, **QWEN_IDS)
+    return tf.Qwen2VLConfig(text_config={**TEXT, ROTATION: MROPE}, vision_config=vision, **QWEN_IDS)
 
 
-def qwen2_5_vl() -> tf.PreTrainedConfig:
+def qwen2_5_vl() -> PreTrainedConfig:
     vision = {
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -319,7 +351,7 @@ def qwen2_5_vl() -> tf.PreTrainedConfig:
         "fullatt_block_indexes": [1],
         **QWEN_VISION,
     }
-    return tf.Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": MROPE}, vision_config=vision, **QWEN_IDS)
+    return tf.Qwen2_5_VLConfig(text_config={**TEXT, ROTATION: MROPE}, vision_config=vision, **QWEN_IDS)
 
 
 def qwen3_vision() -> dict[str, Any]:
@@ -332,27 +364,27 @@ def qwen3_vision() -> dict[str, Any]:
     }
 
 
-def qwen3_vl() -> tf.PreTrainedConfig:
+def qwen3_vl() -> PreTrainedConfig:
     vision = qwen3_vision() | {"deepstack_visual_indexes": [0, 1]}
-    text = {**TEXT, "rope_parameters": MROPE | {"mrope_interleaved": True}}
+    text = {**TEXT, ROTATION: MROPE | {"mrope_interleaved": True}}
     return tf.Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
 
 
-def qwen3_5() -> tf.PreTrainedConfig:
+def qwen3_5() -> PreTrainedConfig:
     text = {
         **TEXT,
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 2,
-        "rope_parameters": MROPE | {"partial_rotary_factor": 1.0},
+        ROTATION: MROPE | {"partial_rotary_factor": 1.0},
     }
     return tf.Qwen3_5Config(text_config=text, vision_config=qwen3_vision(), **QWEN_IDS)
 
 
-def glm4v() -> tf.PreTrainedConfig:
+def glm4v() -> PreTrainedConfig:
     vision = {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "image_size": 16, **QWEN_VISION}
-    text = {**TEXT, "rope_parameters": MROPE | {"partial_rotary_factor": 1.0}}
+    text = {**TEXT, ROTATION: MROPE | {"partial_rotary_factor": 1.0}}
     return tf.Glm4vConfig(
         text_config=text,
         vision_config=vision,
@@ -385,7 +417,7 @@ def token_types(ids: torch.Tensor, name: str = "mm_token_type_ids") -> Pixels:
     return {name: (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
 
 
-def ovis2() -> tf.PreTrainedConfig:
+def ovis2() -> PreTrainedConfig:
     vision = tf.models.ovis2.Ovis2VisionConfig(
         **VISION, vocab_size=40, hidden_stride=1, num_visual_indicator_tokens=5, rms_norm_eps=1e-5
     )
@@ -501,7 +533,7 @@ FAMILIES = {
 }
 
 
-def gemma3n() -> tf.PreTrainedConfig:
+def gemma3n() -> PreTrainedConfig:
     return tf.Gemma3nTextConfig(
         **TEXT | {"intermediate_size": [48] * LAYERS},
         vocab_size_per_layer_input=100,
@@ -512,13 +544,13 @@ def gemma3n() -> tf.PreTrainedConfig:
     )
 
 
-def gemma4() -> tf.PreTrainedConfig:
+def gemma4() -> PreTrainedConfig:
     vision = {**VISION, "num_key_value_heads": 2, "head_dim": 8}
     sizes = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 100, "global_head_dim": 8}
     return tf.Gemma4Config(text_config={**TEXT, **sizes}, vision_config=vision, image_token_id=IMAGE)
 
 
-def mllama() -> tf.PreTrainedConfig:
+def mllama() -> PreTrainedConfig:
     vision = {
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -537,13 +569,13 @@ def mllama() -> tf.PreTrainedConfig:
     )
 
 
-def llama4() -> tf.PreTrainedConfig:
+def llama4() -> PreTrainedConfig:
     vision = {**VISION, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
     text = {**TEXT, "num_local_experts": 2, "intermediate_size_mlp": 48}
     return tf.Llama4Config(text_config=text, vision_config=vision, image_token_index=IMAGE)
 
 
-def llama_with_shared_keys() -> tf.PreTrainedConfig:
+def llama_with_shared_keys() -> PreTrainedConfig:
     config = tf.LlamaConfig(**TEXT)
     config.kv_sharing_modes = ["own"] * (LAYERS - 1) + ["reuse"]
     return config

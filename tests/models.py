@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
 
 import torch
@@ -9,16 +10,31 @@ from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
 
 from dyvte.runtime.compat import call_cache
-from dyvte.runtime.decoder import find_decoder
+from dyvte.runtime.locate import find_decoder
 
 IMAGE_ID = 90
 PATCHES = 16
 LAYERS = 6
+# What this version of transformers calls the argument that holds the cache.
+CACHE = next(name for name in ("cache", "past_key_values") if name in inspect.signature(LlamaModel.forward).parameters)
+
+
+@torch.no_grad()
+def draw_weights(model, seed: int = 0, spread: float = 0.2):
+    """Weights of a tiny model that do not depend on how a version of transformers draws them; in eval mode.
+
+    Far from uniform attention, so that a wrong mask shows. What starts out constant (norms, biases) stays.
+    """
+    for number, weight in enumerate(model.parameters()):
+        if weight.unique().numel() > 1:
+            weight.normal_(0, spread, generator=torch.Generator().manual_seed(1000 * seed + number))
+    return model.eval()
 
 
 def llama_config(**changes) -> LlamaConfig:
@@ -32,7 +48,7 @@ def llama_config(**changes) -> LlamaConfig:
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "initializer_range": 0.2,  # far from uniform attention, so that a wrong mask shows
+        "initializer_range": 0.2,
     }
     return LlamaConfig(**sizes | changes)
 
@@ -51,18 +67,18 @@ def tiny_llava(attention: str = "sdpa", seed: int = 0) -> LlavaForConditionalGen
         vision_config=vision, text_config=llama_config(), image_token_index=IMAGE_ID, image_seq_length=PATCHES
     )
     config._attn_implementation = attention
-    torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config).eval()
-    model.generation_config.eos_token_id = None  # answers of full length
+    model = draw_weights(LlavaForConditionalGeneration(config), seed)
+    # Answers of full length, without placeholders that no image belongs to.
+    model.generation_config.eos_token_id = IMAGE_ID
+    model.generation_config.suppress_tokens = [IMAGE_ID]
     model.generation_config.pad_token_id = 0
     return model
 
 
 def tiny_llama(attention: str = "sdpa", seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
     config = llama_config()
     config._attn_implementation = attention
-    return LlamaForCausalLM(config).eval()
+    return draw_weights(LlamaForCausalLM(config), seed)
 
 
 def prompt(before: int, after: int, images: int = 1, seed: int = 0) -> list[int]:
@@ -150,7 +166,7 @@ def masked_columns(model, gone_from: torch.Tensor):
     def hook(index):
         def before(module, args, kwargs):
             mask = kwargs["attention_mask"]
-            cache = kwargs.get("past_key_values", kwargs.get("cache"))
+            cache = call_cache(kwargs)
             hidden = args[0] if args else kwargs["hidden_states"]
             assert mask is not None and mask.ndim == 4, "the definition needs an eager model"
             batch, new = hidden.shape[:2]
@@ -175,6 +191,11 @@ def masked_columns(model, gone_from: torch.Tensor):
             handle.remove()
 
 
+def without_image(logits: torch.Tensor) -> torch.Tensor:
+    """As ``generate`` chooses from: the image's placeholder is never next."""
+    return logits.index_fill(-1, torch.tensor([IMAGE_ID]), float("-inf"))
+
+
 @torch.no_grad()
 def greedy_by_definition(model, inputs: dict, visual: torch.Tensor, exits: torch.Tensor, steps: int):
     """Greedy tokens and their logits under the definition, without a cache: ids [batch, steps], logits per step."""
@@ -186,7 +207,7 @@ def greedy_by_definition(model, inputs: dict, visual: torch.Tensor, exits: torch
             position = (mask.cumsum(1) - 1).clamp(min=0)
             out = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False, **rest).logits
             logits.append(out[:, -1])
-            chosen.append(out[:, -1].argmax(-1))
+            chosen.append(without_image(out[:, -1]).argmax(-1))
             ids = torch.cat([ids, chosen[-1][:, None]], 1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return torch.stack(chosen, 1), logits

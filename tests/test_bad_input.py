@@ -8,12 +8,13 @@ import pickle
 import pytest
 import torch
 from families import FAMILIES, LAYERS
-from models import tiny_llama
+from models import CACHE, tiny_llama
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import dyvte
 from dyvte import SplicedVisualMask
+from dyvte.runtime.compat import call_cache
 
 FAMILY = FAMILIES["llava"]
 MASK = torch.ones(1, 24, dtype=torch.bool)
@@ -167,10 +168,10 @@ BEFORE_ALL_WORK = {
         "takes no .*labels.*pass visual_mask",
     ),
     "labels": (forward(labels=torch.zeros(1, 24).long()), ValueError, "Compute the loss from the logits"),
-    "a static cache": (forward(past_key_values=static()), ValueError, "use a DynamicCache"),
-    "a static cache in generate": (generate(past_key_values=static()), ValueError, "use a DynamicCache"),
-    "an offloaded cache": (forward(past_key_values=DynamicCache(offloading=True)), ValueError, "without offloading"),
-    "a tuple for a cache": (forward(past_key_values=((None, None),)), ValueError, "use a DynamicCache"),
+    "a static cache": (forward(**{CACHE: static()}), ValueError, "use a DynamicCache"),
+    "a static cache in generate": (generate(**{CACHE: static()}), ValueError, "use a DynamicCache"),
+    "an offloaded cache": (forward(**{CACHE: DynamicCache(offloading=True)}), ValueError, "without offloading"),
+    "a tuple for a cache": (forward(**{CACHE: ((None, None),)}), ValueError, "use a DynamicCache"),
     "output_hidden_states": (forward(output_hidden_states=True), ValueError, "Leave it out, or detach"),
     "output_router_logits": (forward(output_router_logits=True), ValueError, "Leave it out, or detach"),
     "output_attentions in generate": (generate(output_attentions=True), ValueError, "Leave it out, or detach"),
@@ -265,9 +266,9 @@ def test_a_cache_filled_under_an_exit_needs_it(exits):
     following = {"input_ids": torch.tensor([[5], [6]]), "attention_mask": torch.ones(2, 25).long()}
     with torch.no_grad():
         with dyvte.visual_exit(model, dyvte.FixedExit(exits)):
-            cache = model(**inputs, use_cache=True).past_key_values
+            cache = call_cache(model(**inputs, use_cache=True))
         with pytest.raises(ValueError, match="continue it with the exit attached, or start a new cache"):
-            model(**following, past_key_values=cache)
+            model(**following, **{CACHE: cache})
 
 
 def test_the_table_is_long():

@@ -23,6 +23,7 @@ from dyvte.training.calibrate import (
 )
 from dyvte.training.fit import FitSettings, exit_labels, features_of, fit_heads, logits_of, probability_of, quality
 from dyvte.training.store import TraceSet
+from dyvte.training.units import MappedRows
 
 SIZE = 12
 
@@ -211,6 +212,35 @@ def test_traces_of_another_model_do_not_calibrate():
     other.provenance = other.provenance | {"base_model": "some/other"}
     with pytest.raises(ValueError, match="trained for some/model"):
         calibrate(heads, other)
+
+
+def test_states_are_read_a_part_at_a_time():
+    """From rows that are mapped, units of 7 in any order: the same heads and threshold as from memory."""
+    traces, held_out = made_up_traces(1500), made_up_traces(1500, seed=3)
+    sizes = []
+
+    class Spied(MappedRows):
+        def __getitem__(self, index):
+            found = super().__getitem__(index)
+            sizes.append(len(found))
+            return found
+
+    def mapped(values: torch.Tensor) -> Spied:
+        order = torch.randperm(len(values), generator=torch.Generator().manual_seed(1))
+        place = order.argsort()
+        parts = [part.flatten(1).numpy() for part in values[order].split(7)]
+        return Spied(parts, place // 7, place % 7, values.shape[1:])
+
+    found = []
+    for on_disk in (False, True):
+        for part in (traces, held_out) if on_disk else ():
+            part.state, part.visual = mapped(part.state), mapped(part.visual)
+        heads = fit_heads(traces, FitSettings(epochs=2, width=16), progress=False)
+        calibrate(heads, held_out, alpha=0.05)
+        found.append([heads.config.threshold, quality(heads, held_out), *heads.state_dict().values()])
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*found))
+    assert 0 < max(sizes) <= 512
+    assert torch.equal(traces.state, made_up_traces(1500).state)  # as a whole, where somebody wants it
 
 
 def test_tiny_llava_is_the_shape_these_tests_assume():

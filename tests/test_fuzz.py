@@ -11,9 +11,10 @@ import torch
 from families import FAMILIES, LAYERS, Family
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from models import masked_columns, masked_visual_columns
+from models import CACHE, masked_columns, masked_visual_columns
 
 import dyvte
+from dyvte.runtime.compat import call_cache
 
 CASES = int(os.environ.get("DYVTE_FUZZ_CASES", "40"))
 STEPS = 4
@@ -45,7 +46,7 @@ def cases(draw):
     exits = draw(st.lists(st.integers(family.first, LAYERS), min_size=rows, max_size=rows))
     attention = draw(st.sampled_from(family.attentions))
     side = draw(st.sampled_from(["left", "right"])) if mode == "forward" else "left"
-    later = [[draw(text), *([draw(look)] if family.later_images and draw(st.booleans()) else []), draw(text)]
+    later = [[draw(text), *([draw(look)] if family.sees_later_images() and draw(st.booleans()) else []), draw(text)]
              for _ in range(rows)]  # fmt: skip
     return family, mode, prompts, exits, attention, side, later, draw(st.integers(0, 9))
 
@@ -64,8 +65,8 @@ def run(model, family, mode, inputs, more, seed):
             answer = out.sequences[:, -STEPS:]
             ids = torch.cat([inputs["input_ids"], answer, more["input_ids"]], 1)
             mask = torch.cat([inputs["attention_mask"], torch.ones_like(answer), more["attention_mask"]], 1)
-            following = more | {"input_ids": ids, "attention_mask": mask} | family.extra(ids)
-            out = model.generate(**following, past_key_values=out.past_key_values, **arguments)
+            following = more | {"input_ids": ids, "attention_mask": mask} | family.extra_inputs(ids)
+            out = model.generate(**following, **{CACHE: call_cache(out)}, **arguments)
     return out.sequences, torch.cat(out.logits)
 
 
@@ -191,7 +192,7 @@ def run_reduced(model, turns, family, mode, inputs, more, seed):
         answer = out.sequences[:, -STEPS:]
         ids = torch.cat([inputs["input_ids"], answer, more["input_ids"]], 1)
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(answer), more["attention_mask"]], 1)
-        following = more | {"input_ids": ids, "attention_mask": mask} | family.extra(ids)
+        following = more | {"input_ids": ids, "attention_mask": mask} | family.extra_inputs(ids)
         with under(1):
-            out = model.generate(**following, past_key_values=out.past_key_values, **arguments)
+            out = model.generate(**following, **{CACHE: call_cache(out)}, **arguments)
     return out.sequences, torch.cat(out.logits), counts

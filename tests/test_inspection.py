@@ -15,7 +15,7 @@ from dyvte.data import load_samples
 from dyvte.evaluation.attention_shares import attention_shares
 from dyvte.evaluation.inspection import inspect_model, state_similarity
 from dyvte.runtime.attention import find_attention
-from dyvte.runtime.decoder import find_decoder
+from dyvte.runtime.locate import find_decoder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 RAGGED = [prompt(3, 5, seed=1), prompt(1, 9, seed=2), prompt(6, 1, seed=3), prompt(2, 4, images=2, seed=4)]
@@ -147,7 +147,7 @@ def test_inspect_writes_numbers_and_a_figure(mllm, tmp_path):
         assert len(part["similarity"]["last"]) == layers - 1
         assert part["agreement"][part["unneeded_from"] - 1] >= 0.99
     # Once more: the traces are there, the numbers stay.
-    again = inspect_model(*mllm, samples, tmp_path, batch_size=8, max_new_tokens=3, progress=False)
+    again = inspect_model(*mllm, samples, tmp_path, batch_size=5, max_new_tokens=3, progress=False)
     assert again["agreement"] == result["agreement"]
 
 

@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from models import LAYERS, batch_of, prompt, tiny_llama, tiny_llava
+from models import CACHE, LAYERS, batch_of, prompt, tiny_llama, tiny_llava
 
 import dyvte
+from dyvte.runtime.compat import call_cache
 
 PROMPTS = [prompt(3, 5, seed=1), prompt(1, 9, seed=2), prompt(6, 1, seed=3), prompt(2, 4, seed=4), prompt(4, 4, seed=5)]
 
@@ -26,7 +27,7 @@ def heads_for(model, inputs, form, **more):
             heads.heads.norm_bias.zero_()
             heads.heads.norm_weight.fill_(1)
         logits = heads(dyvte.trace_batch(model, inputs).state)[:, heads.config.lookahead : -1]
-    heads.config.threshold = logits.flatten().quantile(0.8).sigmoid().item()
+    heads.config.threshold = logits.flatten().quantile(0.7).sigmoid().item()
     return heads
 
 
@@ -110,7 +111,8 @@ def test_samples_with_unusual_images_stay():
     model, inputs = tiny_llava(), batch_of(*PROMPTS)
     visual = dyvte.trace_batch(model, inputs).visual
     with torch.no_grad():
-        features = torch.stack(model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output)
+        features = model.get_image_features(inputs["pixel_values"])
+        features = torch.stack(list(getattr(features, "pooler_output", features)))  # up to 4.57 the list itself
     torch.testing.assert_close(visual, features.mean(1), atol=1e-5, rtol=1e-5)
     heads = heads_for(model, inputs, "shared")
     guarded = dyvte.ExitHeads(dyvte.ExitHeadsConfig(**heads.config.to_diff_dict() | {"guard": 0.9})).eval()
@@ -208,6 +210,6 @@ def test_a_decoding_step_asks_the_device_no_more_than_a_dense_one(padding):
             OnDevice.waits = []
             mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
             token = torch.randn(3, 1, width).as_subclass(OnDevice)
-            model(inputs_embeds=token, attention_mask=mask, past_key_values=cache.past_key_values)
+            model(inputs_embeds=token, attention_mask=mask, **{CACHE: call_cache(cache)})
         waits.append(list(OnDevice.waits))
     assert waits[0] == waits[1] == waits[2]

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 import dyvte
 from dyvte.cli.main import COMMANDS, main, read_config
 from dyvte.data import load_samples
-from dyvte.training.store import load_traces, write_traces
+from dyvte.training.store import load_traces
+from dyvte.training.write import write_traces
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "train"))
@@ -54,7 +55,7 @@ def mllm(tmp_path_factory):
 
 
 def trace(mllm, output, n=40, seed=5, **more):
-    pairs = {"model": mllm, "output": output, "dtype": "float32", "max_new_tokens": 3, "shard_size": 16} | more
+    pairs = {"model": mllm, "output": output, "dtype": "float32", "max_new_tokens": 3, "unit_size": 16} | more
     scenes = f"data={{scenes: {{split: dev, n: {n}, seed: {seed}}}}}"
     main(["trace", scenes, *[f"{key}={value}" for key, value in pairs.items()]])
 
@@ -106,9 +107,9 @@ def test_a_trace_is_what_generation_does(mllm, traces):
 
 def test_traces_go_on_where_they_stopped(mllm, tmp_path, monkeypatch):
     trace(mllm, tmp_path / "once")
-    import dyvte.training.store as module
+    import dyvte.training.write as module
 
-    real, calls = module._trace_samples, []
+    real, calls = module.trace_samples, []
 
     def stops(*args, **kwargs):
         calls.append(1)
@@ -116,7 +117,7 @@ def test_traces_go_on_where_they_stopped(mllm, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(module, "_trace_samples", stops)
+    monkeypatch.setattr(module, "trace_samples", stops)
     with pytest.raises(KeyboardInterrupt):
         trace(mllm, tmp_path / "twice")
     with pytest.raises(ValueError, match="16 of 40 traces"):

@@ -104,6 +104,7 @@ def test_importing_dyvte_needs_torch_transformers_and_safetensors_only():
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert {name.split(".")[1] for name in out.split()} == {
         "heads",
+        "identity",
         "methods",
         "provenance",
         "runtime",

@@ -6,11 +6,9 @@ The small model here is written in that style: one -200 per image in ``input_ids
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
-from models import llama_config, masked_visual_columns
+from models import CACHE, llama_config, masked_visual_columns
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -18,10 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import dyvte
 from dyvte import SplicedVisualMask
-from dyvte.runtime.compat import causal_mask
-from dyvte.runtime.decoder import find_decoder
+from dyvte.runtime.compat import call_cache, causal_mask
+from dyvte.runtime.locate import find_decoder
 
-CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
 SENTINEL, IGNORE, TOKENS, CONTEXT, STEPS = -200, -100, 7, 90, 5
 
 
@@ -35,22 +32,22 @@ class TupleLlamaModel(LlamaModel):
         super().__init__(config)
         self.layers = nn.ModuleList(TupleLayer(config, index) for index in range(config.num_hidden_layers))
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-                inputs_embeds=None, use_cache=None, cache=None, **kwargs):  # fmt: skip
-        past_key_values = cache if past_key_values is None else past_key_values
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, use_cache=None,
+                **kwargs):  # fmt: skip
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = call_cache(kwargs)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        past = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + hidden.shape[1])[None]
-        mask = causal_mask(self.config, hidden, attention_mask, past_key_values)
+        mask = causal_mask(self.config, hidden, attention_mask, cache)
         rotation = self.rotary_emb(hidden, position_ids)
         for layer in self.layers:
             outputs = self.call(layer, hidden, attention_mask=mask, position_ids=position_ids, use_cache=use_cache,
-                                position_embeddings=rotation, **{CACHE: past_key_values})  # fmt: skip
+                                position_embeddings=rotation, **{CACHE: cache})  # fmt: skip
             hidden = outputs[0]
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **{CACHE: cache})
 
     @staticmethod
     def call(layer, hidden, **others):
@@ -110,18 +107,17 @@ class SpliceModel(LlamaForCausalLM):
             new_labels if had["labels"] else None,
         )
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-                inputs_embeds=None, labels=None, use_cache=None, images=None, cache=None, **kwargs):  # fmt: skip
-        past_key_values = cache if past_key_values is None else past_key_values
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None,
+                use_cache=None, images=None, **kwargs):  # fmt: skip
         if inputs_embeds is None:
-            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
+            input_ids, position_ids, attention_mask, _, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
-                    input_ids, position_ids, attention_mask, past_key_values, labels, images
+                    input_ids, position_ids, attention_mask, call_cache(kwargs), labels, images
                 )
             )
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
-            inputs_embeds=inputs_embeds, labels=labels, **kwargs, **{CACHE: past_key_values},
+            inputs_embeds=inputs_embeds, labels=labels, **kwargs,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from models import (
+    CACHE,
     IMAGE_ID,
     LAYERS,
     PATCHES,
@@ -19,11 +20,13 @@ from models import (
     prompt,
     tiny_llama,
     tiny_llava,
+    without_image,
 )
 from transformers import DynamicCache, LogitsProcessor, StaticCache
 
 import dyvte
 from dyvte.runtime.cache import KeptLayer
+from dyvte.runtime.compat import call_cache
 from dyvte.runtime.tokens import KeptTokens
 
 RAGGED = [prompt(3, 5, seed=1), prompt(1, 9, seed=2), prompt(6, 1, seed=3), prompt(2, 4, images=2, seed=4)]
@@ -101,7 +104,7 @@ def test_the_cache_of_later_layers_holds_text_only():
     model, layer = tiny_llava(), 2
     inputs = batch_of(prompt(3, 5))
     with torch.no_grad(), dyvte.visual_exit(model, dyvte.FixedExit(layer)):
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = call_cache(model(**inputs, use_cache=True))
     lengths = [kept.keys.shape[2] for kept in cache.layers]
     assert lengths == [8 + PATCHES] * layer + [8] * (LAYERS - layer)
 
@@ -170,7 +173,7 @@ def test_beams_with_exits_of_their_own_keep_their_columns():
     pixels = inputs["pixel_values"].repeat_interleave(3, 0)
     order = torch.tensor([2, 0, 0, 5, 4, 4])
     with torch.no_grad(), dyvte.visual_exit(model, dyvte.FixedExit(exits)):
-        cache = model(**twice, pixel_values=pixels).past_key_values
+        cache = call_cache(model(**twice, pixel_values=pixels))
         cache.reorder_cache(order)
     for layer in cache.layers:
         if hasattr(layer, "tokens"):
@@ -188,10 +191,10 @@ def test_interleaved_generations_keep_their_own_state():
         with torch.no_grad(), dyvte.visual_exit(model, policy):
             out = model(**state, use_cache=True)
         mask = torch.cat([state["attention_mask"], torch.ones(len(out.logits), 1, dtype=torch.long)], 1)
-        ids = out.logits[:, -1:].argmax(-1)
+        ids = without_image(out.logits[:, -1:]).argmax(-1)
         position = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
         following = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
-        return following | {"past_key_values": out.past_key_values}, ids
+        return following | {CACHE: call_cache(out)}, ids
 
     def positions(state):
         return state | {"position_ids": (state["attention_mask"].cumsum(1) - 1).clamp(min=0)}
@@ -289,11 +292,11 @@ def test_a_later_mask_may_hide_earlier_tokens(exits):
 
     def logits(model, how):
         with torch.no_grad(), how:
-            cache = model(**inputs, use_cache=True).past_key_values
+            cache = call_cache(model(**inputs, use_cache=True))
             mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1).long()], 1)
             mask[:, : length - 2] = 0
             following = {"input_ids": torch.tensor([[5], [6]]), "position_ids": torch.full((2, 1), length)}
-            return model(**following, attention_mask=mask, past_key_values=cache).logits
+            return model(**following, attention_mask=mask, **{CACHE: cache}).logits
 
     eager, model = tiny_llava("eager"), tiny_llava()
     expected = logits(eager, masked_visual_columns(eager, inputs["input_ids"] == IMAGE_ID, exits))
@@ -333,7 +336,7 @@ def test_a_bare_decoder_with_inputs_embeds():
     ("change", "match"),
     [
         ({"labels": torch.zeros(1, 24, dtype=torch.long)}, "labels do not work"),
-        ({"past_key_values": StaticCache(config=tiny_llava().config.text_config, max_cache_len=64)}, "DynamicCache"),
+        ({CACHE: StaticCache(config=tiny_llava().config.text_config, max_cache_len=64)}, "DynamicCache"),
     ],
 )
 def test_calls_that_cannot_be_right_are_refused(change, match):
@@ -366,14 +369,14 @@ def test_a_model_without_visual_ids_needs_a_mask():
 def test_inputs_embeds_need_a_mask():
     model = tiny_llava()
     with dyvte.visual_exit(model, dyvte.FixedExit(2)), pytest.raises(ValueError, match="pass visual_mask"):
-        model(inputs_embeds=torch.zeros(1, 5, 32), past_key_values=DynamicCache())
+        model(inputs_embeds=torch.zeros(1, 5, 32), **{CACHE: DynamicCache()})
 
 
 def test_nothing_of_a_call_outlives_it():
     model, inputs = tiny_llava(), batch_of(*RAGGED)
     pixels = weakref.ref(inputs["pixel_values"])
     with torch.no_grad(), dyvte.visual_exit(model, dyvte.FixedExit([1, 3, 5, 6])):
-        cache = weakref.ref(model(**inputs, use_cache=True).past_key_values)
+        cache = weakref.ref(call_cache(model(**inputs, use_cache=True)))
         del inputs
         gc.collect()
         assert cache() is None and pixels() is None

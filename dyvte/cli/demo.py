@@ -19,7 +19,7 @@ from dyvte.heads import ExitHeads
 from dyvte.methods.exits import LearnedExit
 from dyvte.provenance import write_json
 from dyvte.runtime import visual_exit
-from dyvte.training.store import prompt_lengths
+from dyvte.training.tracer import prompt_lengths
 
 SEED = 100  # of the first kind's scenes
 TITLES = ("kind", "dense right", "exit right", "agreement", "exit layer", "FLOPs removed", "prefill time")

@@ -48,7 +48,11 @@ COMMANDS: dict[str, tuple[str, dict[str, Key]]] = {
             "answers": Key("dense", "dense: trace the model's own greedy answer; dataset: the given one"),
             "batch_size": Key(8, "samples per forward pass"),
             "max_new_tokens": Key(None, "longest answer; default: what the data asks for, else 16"),
-            "shard_size": Key(256, "samples per shard, the unit a restart repeats"),
+            "exits": Key(None, "exit layers to trace: a stride, or a list; default: all"),
+            "unit_size": Key(32, "samples per unit, the most that a restart repeats; 32 at most"),
+            "seed": Key(0, "of the order of the samples"),
+            "on_error": Key("stop", "a sample that cannot be used: stop, or skip it and note why"),
+            "max_errors": Key(100, "samples that may be skipped"),
         },
     ),
     "train": (
@@ -62,6 +66,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Key]]] = {
             "output": Key(..., "folder of the heads"),
             "alpha": Key(0.01, "the rate of changed answers to stay below; null: no promise, the threshold is 0.5"),
             "delta": Key(0.1, "1 - confidence of that promise"),
+            "shared_images": Key(False, "allow held-out questions about images of training"),
             "fit": Key(
                 {}, "training settings: form, width, label_rule, epochs, batch_size, lr, weight_decay, seed ..."
             ),
@@ -81,6 +86,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Key]]] = {
             "output": Key(None, "folder of the recalibrated heads, default: in place; vtw: a JSON file"),
             "alpha": Key(0.01, "learned: the rate of changed answers to stay below"),
             "delta": Key(0.1, "learned: 1 - confidence of that promise"),
+            "shared_images": Key(False, "learned: allow held-out questions about images of training"),
             "vtw": Key({}, "vtw: eta (nats, or a name such as llava-1.5-7b), first, samples, seed"),
             "threads": Key(None, "CPU threads of this process"),
         },
@@ -231,7 +237,7 @@ def data_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def trace(config: dict[str, Any]) -> None:
     from dyvte.data import fingerprint, load_samples
-    from dyvte.training.store import write_traces
+    from dyvte.training.write import write_traces
 
     data = data_config(config)
     samples = load_samples(data)
@@ -246,7 +252,7 @@ def trace(config: dict[str, Any]) -> None:
         max_new_tokens=config["max_new_tokens"],
         template=data.get("template"),
         provenance=data | {"fingerprint": fingerprint(data)},
-        shard_size=config["shard_size"],
+        **{name: config[name] for name in ("exits", "unit_size", "seed", "on_error", "max_errors")},
         rank=int(os.environ.get("RANK", 0)),
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
     )
@@ -254,8 +260,9 @@ def trace(config: dict[str, Any]) -> None:
 
 def train(config: dict[str, Any]) -> None:
     from dyvte.training.calibrate import calibrate as set_threshold
-    from dyvte.training.calibrate import compare
+    from dyvte.training.calibrate import check_enough, compare
     from dyvte.training.fit import FitSettings, fit_heads, quality
+    from dyvte.training.held_out import check_held_out
     from dyvte.training.store import load_traces
 
     try:
@@ -269,8 +276,11 @@ def train(config: dict[str, Any]) -> None:
     if config["calibration"] is None:
         raise ValueError("a promise needs held-out traces: set calibration=FOLDER, or alpha=null for none")
     held_out = load_traces(*as_list(config["calibration"]))
-    heads = fit_heads(load_traces(*as_list(config["traces"])), settings)
-    set_threshold(heads, held_out, config["alpha"], config["delta"])
+    check_enough(len(held_out), config["alpha"], config["delta"])
+    traces = load_traces(*as_list(config["traces"]))
+    check_held_out(traces.content.sketch(), held_out.content, config["shared_images"])
+    heads = fit_heads(traces, settings)
+    set_threshold(heads, held_out, config["alpha"], config["delta"], config["shared_images"])
     heads.config.training |= {f"calibration_{k}": v for k, v in quality(heads, held_out)["mean"].items()}
     heads.save_pretrained(config["output"])
     result = compare(heads, held_out)
@@ -294,7 +304,8 @@ def calibrate(config: dict[str, Any]) -> None:
     from dyvte.training.store import load_traces
 
     heads = ExitHeads.from_pretrained(config["heads"])
-    set_threshold(heads, load_traces(*as_list(config["traces"])), config["alpha"], config["delta"])
+    traces = load_traces(*as_list(config["traces"]))
+    set_threshold(heads, traces, config["alpha"], config["delta"], config["shared_images"])
     heads.save_pretrained(config["output"] or config["heads"])
     shown = ("alpha", "delta", "samples", "risk", "bound", "mean_exit_layer")
     print(json.dumps({"threshold": heads.config.threshold} | {k: heads.config.calibration[k] for k in shown}, indent=2))
@@ -336,7 +347,9 @@ def oracle(traces: str | list[str]) -> Any:
 
     known = load_traces(*as_list(traces))
     exits = oracle_exits(known.agreement >= 1).tolist()
-    return PerSampleExit({row["id"]: e for row, e in zip(known.rows, exits)})
+    return PerSampleExit(
+        {digest.tobytes().hex(): e for digest, e in zip(known.content.samples, exits)}, by_content=True
+    )
 
 
 def evaluate(config: dict[str, Any]) -> None:

@@ -92,11 +92,11 @@ class ConversationSamples(Source):
     def _choose(self, config: Mapping[str, Any]) -> None:
         """Finds the turns to ask about, and lets go of the rows that nobody asks about."""
         left_out: Counter[str] = Counter()
-        turns = {}
+        turns, lengths = {}, {}
         for i, (row, has_images) in enumerate(self._outlines()):
             asked = self._askable(row, has_images, left_out)
             if asked:
-                turns[i] = asked
+                turns[i], lengths[i] = asked, len(str(self._messages(row)))
         self.left_out = dict(+left_out)
         if not turns:
             raise ValueError(
@@ -107,6 +107,7 @@ class ConversationSamples(Source):
         chosen = selected([(i, turn) for i in shuffled(turns, config) for turn in turns[i]], config)
         names = unique(self._names())
         self.ids = [f"{names[i]}@{turn + 1}" if self.turns == "all" else names[i] for i, turn in chosen]
+        self.lengths = array("q", (lengths[i] for i, _ in chosen))
         used = sorted({i for i, _ in chosen})
         place = {i: new for new, i in enumerate(used)}
         self._row, self._turn = array("q", (place[i] for i, _ in chosen)), array("q", (turn for _, turn in chosen))

@@ -89,6 +89,7 @@ class Source(Sequence[Sample]):
         origin: the file or the data set that the rows are in.
         ids: the samples' ids, known without reading them.
         left_out: why rows were left out, and how many.
+        lengths: characters of text of the rows that the samples are from, where they are known without reading them.
         max_characters: the longest text of a sample: system prompt, all turns and the answers.
     """
 
@@ -96,6 +97,7 @@ class Source(Sequence[Sample]):
     origin: str
     ids: Sequence[str]
     left_out: Mapping[str, int] = {}
+    lengths: Sequence[int] | None = None
     max_characters: int = MAX_CHARACTERS
 
     def __len__(self) -> int:

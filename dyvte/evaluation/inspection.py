@@ -29,8 +29,9 @@ from dyvte.evaluation.store import samples_fingerprint
 from dyvte.provenance import hardware, versions, weights_fingerprint, write_json
 from dyvte.report.style import STYLE
 from dyvte.runtime.attention import find_attention
-from dyvte.runtime.decoder import find_decoder, underlying_model
-from dyvte.training.store import TraceSet, load_traces, write_traces
+from dyvte.runtime.locate import find_decoder, underlying_model
+from dyvte.training.store import TraceSet, load_traces
+from dyvte.training.write import write_traces
 
 
 def state_similarity(state: torch.Tensor) -> torch.Tensor:
@@ -114,6 +115,7 @@ def inspect_model(
         provenance=made_from,
     )
     traces = load_traces(folder)
+    traces = traces.select(range(len(traces)))
     name = getattr(base.config, "_name_or_path", "") or None
     result = {"model": Path(name).name if name else type(base).__name__, "layers": traces.num_layers}
     result |= summarise(traces, torch.cat(shares), torch.cat(tokens))

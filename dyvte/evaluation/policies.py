@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dyvte.data import Sample
+from dyvte.data import Sample, sample_digest
 from dyvte.methods.exits import FixedExit
 from dyvte.runtime import Reduction, reduce_tokens
 
@@ -20,20 +20,32 @@ VisualMask = Callable[[dict[str, Any]], torch.Tensor]
 
 @dataclass(frozen=True)
 class PerSampleExit:
-    """An exit layer for every sample, known in advance by its id: the oracle, or any schedule made offline.
+    """An exit layer for every sample, known in advance: the oracle, or any schedule made offline.
 
     Attributes:
         layers: exit layer, 1 ... L, by sample id.
+        by_content: samples are known by :func:`dyvte.data.sample_digest` instead, so that the layers of other samples
+            under the same ids are refused.
     """
 
     layers: Mapping[str, int]
+    by_content: bool = False
 
     def of(self, samples: Sequence[Sample]) -> FixedExit:
-        """The policy for one batch."""
-        missing = [sample.id for sample in samples if sample.id not in self.layers]
+        """The policy for one batch.
+
+        Raises:
+            ValueError: no layer is known for some of the samples.
+        """
+        names = [sample_digest(sample) if self.by_content else sample.id for sample in samples]
+        missing = [sample.id for sample, name in zip(samples, names) if name not in self.layers]
         if missing:
-            raise ValueError(f"no exit layer for {len(missing)} samples, such as {missing[0]!r}: give one for every id")
-        return FixedExit([self.layers[sample.id] for sample in samples])
+            what = "image and question" if self.by_content else "id"
+            raise ValueError(
+                f"no exit layer for {len(missing)} samples, such as {missing[0]!r}: give one for every {what}"
+                f"{', from traces of these very samples' if self.by_content else ''}"
+            )
+        return FixedExit([self.layers[name] for name in names])
 
 
 Policy = Reduction | PerSampleExit | Callable[[nn.Module], AbstractContextManager]

@@ -15,7 +15,8 @@ from dyvte.evaluation.metrics import AnswerMetric
 from dyvte.evaluation.policies import Policy, VisualMask, applied
 from dyvte.provenance import weights_fingerprint
 from dyvte.runtime import Reduction
-from dyvte.runtime.decoder import find_decoder, underlying_model, visual_token_ids
+from dyvte.runtime.decoder import visual_token_ids
+from dyvte.runtime.locate import find_decoder, underlying_model
 
 
 class Subject:

@@ -14,6 +14,7 @@ from dyvte.data import Sample
 from dyvte.evaluation.policies import DENSE, Policy
 from dyvte.evaluation.store import ResultFolder
 from dyvte.evaluation.subject import Subject
+from dyvte.runtime.compat import call_cache
 
 
 def time_policies(
@@ -127,7 +128,7 @@ def measure(
         finally:
             for hook in hooks:
                 hook.remove()
-    cached = getattr(out.past_key_values, "layers", [])
+    cached = getattr(call_cache(out), "layers", [])
     tensors = [t for layer in cached for t in (layer.keys, layer.values) if t is not None]
     return {
         "whole": ticks["end"] - ticks["start"],

@@ -35,6 +35,7 @@ def model_card(config: ExitHeadsConfig, parameters: int) -> str:
         "| | |",
         "|---|---|",
         f"| base model | {base} (revision {config.base_revision or 'not recorded'}) |",
+        f"| weights | {(config.identity or {}).get('weights', 'not recorded')} |",
         f"| form | {config.form}, width {config.width} |",
         f"| text state | {config.text_state} |",
         f"| lookahead | {config.lookahead} |",

@@ -28,10 +28,13 @@ class ExitHeadsConfig(PreTrainedConfig):
             (:class:`dyvte.heads.published.PublishedHead`).
         width: inner width; 128 for "shared", 2048 in the original.
         base_model, base_revision: the model the heads were trained for, by hub id or path, and its revision.
+        identity: what was traced: ``weights`` (:func:`dyvte.identity.model_fingerprint`), ``processor``, ``dtype`` and
+            ``attention``; None where it was not recorded.
         text_state: the recipe of the text state.
         label_rule: what "the visual tokens can leave" meant in training, see :func:`dyvte.training.fit.exit_labels`.
         threshold: probability that must be exceeded to exit.
         min_layer: the smallest exit layer the base model allows (more than 1 where visual features enter later layers).
+        exits: the exit layers that were traced, the only ones that can be chosen; None: all.
         lookahead: exit layer e is decided from the text state after e - lookahead layers; 0 in the papers. With 1 the
             decision travels to the host while the layer before the exit runs, so that a GPU need not wait for it.
         guard: share of usual samples that the guard lets pass, at each layer by their text state and once by their
@@ -52,10 +55,12 @@ class ExitHeadsConfig(PreTrainedConfig):
     width: int = 128
     base_model: str | None = None
     base_revision: str | None = None
+    identity: dict[str, str] | None = None
     text_state: str = TEXT_STATE
     label_rule: str = "agreement"
     threshold: float = 0.5
     min_layer: int = 1
+    exits: list[int] | None = None
     lookahead: int = 0
     guard: float | None = None
     calibration: dict[str, Any] | None = None
@@ -75,6 +80,12 @@ class ExitHeadsConfig(PreTrainedConfig):
         if self.dyvte_version is None:
             self.dyvte_version = __version__
 
+    @property
+    def decided(self) -> list[int]:
+        """The exit layers that the heads decide."""
+        exits = range(1, self.num_layers) if self.exits is None else self.exits
+        return [e for e in exits if e > self.lookahead]
+
     def _check(self) -> None:
         if self.form not in FORMS:
             raise ValueError(f"unknown form of exit heads {self.form!r}: choose one of {', '.join(FORMS)}")
@@ -91,6 +102,8 @@ class ExitHeadsConfig(PreTrainedConfig):
             raise ValueError(f"lookahead must be 0 ... {max(self.num_layers - 2, 0)} layers, not {self.lookahead}")
         if self.guard is not None and not 0 < self.guard < 1:
             raise ValueError(f"guard must lie strictly between 0 and 1, or be None, not {self.guard}")
+        if self.exits is not None and not set(self.exits) <= set(range(1, self.num_layers)):
+            raise ValueError(f"exits must be exit layers 1 ... {self.num_layers - 1}, not {self.exits}")
         for name in ("num_layers", "hidden_size", "width", "min_layer"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")

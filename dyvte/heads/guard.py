@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from dyvte.heads.config import ExitHeadsConfig
 
 ALL_LAYERS = slice(None)
+Parts = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
 
 class Guard(nn.Module):
@@ -48,27 +49,48 @@ class Guard(nn.Module):
         return ((visual - self.image_mean) @ self.image_whiten.T).square().sum(-1)
 
     @torch.no_grad()
-    def fit(self, training: Sequence[torch.Tensor], held_out: Sequence[torch.Tensor], quantile: float) -> None:
+    def fit(self, training: Parts, held_out: Parts, quantile: float) -> None:
         """Mean and spread from one set of samples, the radii that keep ``quantile`` of another.
 
         Args:
-            training, held_out: the heads' features [n, L, width] and the mean visual tokens [n, hidden size].
+            training, held_out: give the samples part by part, as often as they are called: the heads' features
+                [n, L, width] and the mean visual tokens [n, hidden size].
         """
-        features, visual = training
-        for i in range(features.shape[1]):
-            self.mean[i], self.whiten[i] = _whitening(features[:, i], features.shape[2])
-        self.radius.copy_(self._distance(held_out[0], ALL_LAYERS).quantile(quantile, 0))
-        mean, whiten = _whitening(visual, len(self.image_whiten))
+        features, images = _Spread(), _Spread()
+        for part, visual in training():
+            features.add_to_mean(part.transpose(0, 1))
+            images.add_to_mean(visual[None])
+        for part, visual in training():
+            features.add_to_variance(part.transpose(0, 1))
+            images.add_to_variance(visual[None])
+        for i in range(len(self.mean)):
+            self.mean[i], self.whiten[i] = features.whitening(i, self.mean.shape[1])
+        mean, whiten = images.whitening(0, len(self.image_whiten))
         self.image_mean.copy_(mean)
         self.image_whiten.copy_(whiten)
-        self.image_radius.copy_(self._image_distance(held_out[1]).quantile(quantile))
+        far = [(self._distance(part, ALL_LAYERS), self._image_distance(visual)) for part, visual in held_out()]
+        distance, image_distance = map(torch.cat, zip(*far))
+        self.radius.copy_(distance.quantile(quantile, 0))
+        self.image_radius.copy_(image_distance.quantile(quantile))
 
 
-def _whitening(samples: torch.Tensor, directions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean [d] and the map [directions, d] to principal directions of variance one, of samples [n, d]."""
-    mean = samples.mean(0)
-    apart = (samples - mean).double()
-    variance, basis = torch.linalg.eigh(apart.T @ apart / len(samples))
-    # A little of the mean variance everywhere: a direction never seen in training must not count as infinite.
-    scale = (variance.clamp(min=0) + 1e-3 * variance.mean()).rsqrt()
-    return mean, (basis * scale).T.flip(0)[:directions].to(samples.dtype)
+class _Spread:
+    """Mean and covariance of vectors that come in parts [groups, n, d], all of them twice."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.products = 0, torch.zeros(()), torch.zeros(())
+
+    def add_to_mean(self, part: torch.Tensor) -> None:
+        self.count += part.shape[1]
+        self.total = self.total + part.double().sum(1)
+
+    def add_to_variance(self, part: torch.Tensor) -> None:
+        apart = part.double() - (self.total / self.count)[:, None]
+        self.products = self.products + apart.transpose(1, 2) @ apart
+
+    def whitening(self, group: int, directions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean [d] and the map [directions, d] to principal directions of variance one."""
+        variance, basis = torch.linalg.eigh(self.products[group] / self.count)
+        # A little of the mean variance everywhere: a direction never seen in training must not count as infinite.
+        scale = (variance.clamp(min=0) + 1e-3 * variance.mean()).rsqrt()
+        return (self.total[group] / self.count).float(), (basis * scale).T.flip(0)[:directions].float()

@@ -21,6 +21,7 @@ from dyvte.heads.config import ExitHeadsConfig
 from dyvte.heads.guard import ALL_LAYERS, Guard
 from dyvte.heads.published import PublishedHead, read_gates
 from dyvte.heads.risk import threshold_for
+from dyvte.heads.samples import Samples, read_samples, write_samples
 from dyvte.heads.shared import SharedHead
 from dyvte.provenance import atomic_write
 
@@ -42,6 +43,9 @@ class ExitHeads(PreTrainedModel):
     """One decision per exit layer: is the answer the same if the visual tokens leave here?
 
     Trained by :mod:`dyvte.training.fit` from traces of a frozen model; saved and loaded like any model of transformers.
+
+    Attributes:
+        trained_on: what is remembered of the training samples, see :mod:`dyvte.heads.samples`; None: nothing.
     """
 
     config_class = ExitHeadsConfig
@@ -52,6 +56,7 @@ class ExitHeads(PreTrainedModel):
         super().__init__(config)
         self.heads = {"shared": SharedHead, "original": PublishedHead}[config.form](config)
         self.guard = None if config.guard is None else Guard(config)
+        self.trained_on: Samples | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -115,8 +120,15 @@ class ExitHeads(PreTrainedModel):
             return None
         return ~self.guard.unusual_image(visual.float())
 
-    def check_fits(self, num_layers: int, hidden_size: int, name_or_path: str | None = None) -> None:
-        """Raises ``ValueError`` if the heads were made for a decoder of another shape or for another model."""
+    def check_fits(
+        self, num_layers: int, hidden_size: int, name_or_path: str | None = None, weights: str | None = None
+    ) -> None:
+        """Raises ``ValueError`` if the heads were made for a decoder of another shape or for another model.
+
+        Args:
+            weights: the model's :func:`~dyvte.identity.model_fingerprint`. Where it is not known, or was not when the
+                heads were made, models are told apart by the last part of their names.
+        """
         config = self.config
         if (num_layers, hidden_size) != (config.num_layers, config.hidden_size):
             raise ValueError(
@@ -124,7 +136,16 @@ class ExitHeads(PreTrainedModel):
                 f"({config.base_model or 'base model not recorded'}); this model has {num_layers} layers, "
                 f"{hidden_size} wide: load the heads trained for it, or train some with `dyvte trace` and `dyvte train`"
             )
-        if config.base_model and name_or_path:
+        identity = config.identity or {}
+        if weights and "weights" in identity:
+            if weights != identity["weights"]:
+                raise ValueError(
+                    f"these heads were made for other weights ({config.base_model} in {identity.get('dtype')}, "
+                    f"{identity['weights'][:12]}) than those of {name_or_path} ({weights[:12]}): load the model in "
+                    "that dtype, with the same adapters and quantisation, or train heads for it. "
+                    "LearnedExit(heads, other_weights=True) uses them all the same; then no promise holds"
+                )
+        elif config.base_model and name_or_path:
             expected, given = (Path(name.rstrip("/")).name for name in (config.base_model, name_or_path))
             if expected != given:
                 raise ValueError(
@@ -164,11 +185,13 @@ class ExitHeads(PreTrainedModel):
             raise ValueError(
                 f"{pretrained_model_name_or_path} does not hold the heads its config describes; {'; '.join(faults)}"
             )
+        heads.trained_on = read_samples(pretrained_model_name_or_path)
         return (heads, info) if wants_info else heads
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Writes config.json, model.safetensors and a model card, README.md."""
+        """Writes config.json, model.safetensors, what is remembered of training, and a model card, README.md."""
         super().save_pretrained(save_directory, *args, **kwargs)
+        write_samples(save_directory, self.trained_on)
         card = model_card(self.config, sum(p.numel() for p in self.parameters()))
         atomic_write(Path(save_directory, "README.md"), card)
 

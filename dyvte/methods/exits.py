@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dyvte.identity import model_fingerprint
 from dyvte.methods.draws import row_keys, uniform
 from dyvte.runtime.decoder import DecoderSpec
 from dyvte.runtime.reduction import LayerView, Reduction
@@ -221,10 +222,16 @@ class LearnedExit(ExitPolicy):
         min_layer: the smallest exit layer considered; default: the one the heads were calibrated with.
         risk: instead of a threshold, the share of answers that may change, such as 0.02; the threshold comes from the
             curve that the heads' calibration left.
+        other_weights: use the heads on a model whose weights are not those they were made for. No promise holds then.
     """
 
     def __init__(
-        self, heads: ExitHeads, threshold: float | None = None, min_layer: int | None = None, risk: float | None = None
+        self,
+        heads: ExitHeads,
+        threshold: float | None = None,
+        min_layer: int | None = None,
+        risk: float | None = None,
+        other_weights: bool = False,
     ):
         if threshold is not None and risk is not None:
             raise ValueError("give a threshold or a risk, not both: a risk chooses the threshold")
@@ -237,6 +244,7 @@ class LearnedExit(ExitPolicy):
         if isinstance(min_layer, bool) or not isinstance(min_layer, int) or min_layer < 1:
             raise ValueError(f"min_layer must be an exit layer, 1 or more, not {min_layer}")
         self.heads, self.threshold, self.min_layer = heads.eval(), float(threshold), min_layer
+        self.other_weights = other_weights
         self._device: torch.device | None = None
 
     @property
@@ -244,13 +252,19 @@ class LearnedExit(ExitPolicy):
         return self.heads.config.lookahead
 
     @property
-    def layers(self) -> range:
-        return range(self.min_layer, self.heads.config.num_layers)
+    def layers(self) -> Collection[int]:
+        exits = self.heads.config.exits
+        possible = range(self.min_layer, self.heads.config.num_layers)
+        return possible if exits is None else [e for e in exits if e in possible]
 
     def check(self, spec: DecoderSpec) -> None:
-        name = getattr(getattr(spec.model, "config", None), "_name_or_path", None)
+        name, weights = getattr(getattr(spec.model, "config", None), "_name_or_path", None), None
+        if self.other_weights:
+            name = None
+        elif "weights" in (self.heads.config.identity or {}):
+            weights = model_fingerprint(spec.model)
         self.heads.check_whole()
-        self.heads.check_fits(spec.num_layers, spec.config.hidden_size, name)
+        self.heads.check_fits(spec.num_layers, spec.config.hidden_size, name, weights)
         if self.heads.dtype != torch.float32:
             raise ValueError(
                 f"exit heads decide in float32, not {self.heads.dtype}: load them without dtype, or call heads.float()"

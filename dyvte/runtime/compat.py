@@ -17,8 +17,8 @@ from transformers.masking_utils import create_causal_mask
 
 # 5.0 renamed the class.
 PreTrainedConfig = getattr(transformers, "PreTrainedConfig", None) or transformers.PretrainedConfig
-# 5.24 renamed the argument everywhere; code bases outside transformers still use the older names.
-CACHE_NAMES = ("past_key_values", "cache", "past_key_value", "cache_params")
+# 5.24 renamed the argument everywhere, and tells whoever asks its outputs for an older name first.
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "cache_params")
 # Up to 5.0 ``crop`` takes the length to keep, later the number of tokens to remove as a negative number.
 CROP_TAKES_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
@@ -30,7 +30,7 @@ _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 
 
 def call_cache(arguments: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a call, by whatever name; None where there is none."""
+    """The cache among the arguments of a call, or in a model's output, by whatever name; None where there is none."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dyvte.runtime.calls import IMAGES
-from dyvte.runtime.decoder import underlying_model
+from dyvte.runtime.locate import underlying_model
 from dyvte.runtime.override import override
 
 

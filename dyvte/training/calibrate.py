@@ -7,6 +7,7 @@ there, is all known beforehand.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from scipy.stats import beta
 from dyvte.heads import ExitHeads
 from dyvte.heads.risk import boldest_safe
 from dyvte.training.fit import probability_of
+from dyvte.training.held_out import check_held_out
 from dyvte.training.store import TraceSet
 
 
@@ -102,9 +104,11 @@ def risk_curve(probability: torch.Tensor, same: torch.Tensor, delta: float = 0.1
     """
     n, layers = probability.shape
     thresholds = threshold_grid(points)
-    exits = torch.stack([exits_at(probability.double(), t) for t in thresholds.tolist()])
-    wrong = torch.stack([disagreement(same, e).sum() for e in exits])
-    mean = exits.double().mean(1)
+    wrong, mean = torch.empty(len(thresholds), dtype=torch.long), torch.empty(len(thresholds), dtype=torch.double)
+    probability = probability.double()
+    for i, threshold in enumerate(thresholds.tolist()):
+        exits = exits_at(probability, threshold)
+        wrong[i], mean[i] = disagreement(same, exits).sum(), exits.double().mean()
     return RiskCurve(
         threshold=thresholds,
         risk=wrong.double() / n,
@@ -116,40 +120,40 @@ def risk_curve(probability: torch.Tensor, same: torch.Tensor, delta: float = 0.1
     )
 
 
-def calibrate(heads: ExitHeads, traces: TraceSet, alpha: float = 0.01, delta: float = 0.1) -> RiskCurve:
+def calibrate(
+    heads: ExitHeads, traces: TraceSet, alpha: float = 0.01, delta: float = 0.1, shared_images: bool = False
+) -> RiskCurve:
     """Sets the threshold of ``heads`` so that P(answer differs from dense) <= alpha, with confidence 1 - delta.
+
+    Heads that would then never exit are warned of, with what would make them.
 
     Args:
         traces: held out: none of them, nor their images, may have trained the heads.
+        shared_images: allow other questions about images of training; their number is noted.
 
     Raises:
-        ValueError: too few traces for that promise, or no threshold keeps it.
+        ValueError: too few traces for that promise, traces of training or of another model, or no threshold keeps it.
     """
-    for name, value in (("alpha", alpha), ("delta", delta)):
-        if not 0 < value < 1:
-            raise ValueError(f"{name} must lie strictly between 0 and 1, not {value}")
-    needed = samples_needed(alpha, delta)
-    if len(traces) < needed:
+    check_enough(len(traces), alpha, delta)
+    shared = _refuse_training_samples(heads, traces, shared_images)
+    source = traces.provenance
+    heads.check_fits(
+        traces.num_layers, traces.state.shape[-1] // 2, source.get("base_model"), weights=source.get("weights")
+    )
+    missing = set(heads.config.decided) - set(traces.exits)
+    if missing:
         raise ValueError(
-            f"{len(traces)} traces cannot show a risk below {alpha} with confidence {1 - delta:g}: "
-            f"at least {needed} held-out samples are needed"
+            f"the heads decide exits {sorted(missing)}, which were not traced here: trace with the same exits"
         )
-
-    def marks(data: Any) -> set[str]:
-        return {part["fingerprint"] for part in data or [] if isinstance(part, dict) and "fingerprint" in part}
-
-    if marks((heads.config.training or {}).get("data")) & marks(traces.provenance.get("data")):
-        raise ValueError(
-            "the traces to calibrate on are those the heads were trained on, so no promise would follow: "
-            "trace other samples, with other images"
-        )
-    heads.check_fits(traces.num_layers, traces.state.shape[-1] // 2, traces.provenance.get("base_model"))
     same = traces.agreement >= 1
     probability = probability_of(heads, traces)
     curve = risk_curve(probability, same, delta)
     chosen = boldest_safe(curve.bound.tolist(), alpha)
     if chosen is None:
         raise ValueError(f"no threshold keeps the risk below {alpha} with confidence {1 - delta:g}: allow more risk")
+    if curve.saved[chosen] == 0:
+        warnings.warn(f"these heads will never exit: {_what_would_do(curve, alpha)}", stacklevel=2)
+    columns = [*(e - 1 for e in heads.config.decided), traces.num_layers - 1]
     heads.config.threshold = float(curve.threshold[chosen])
     heads.config.calibration = {
         "alpha": alpha,
@@ -158,12 +162,66 @@ def calibrate(heads: ExitHeads, traces: TraceSet, alpha: float = 0.01, delta: fl
         "risk": float(curve.risk[chosen]),
         "bound": float(curve.bound[chosen]),
         "mean_exit_layer": float(curve.exit_layer[chosen]),
-        "data": traces.provenance.get("data"),
+        "data": source.get("data"),
+        "content": source.get("content"),
+        "shared_images": shared,
         "rule": "Clopper-Pearson bound, fixed-sequence testing from the safest threshold",
         "curve": curve.thinned(),
-        "reliability": reliability(probability[:, heads.config.lookahead :], same[:, heads.config.lookahead :]),
+        "reliability": reliability(probability[:, columns], same[:, columns]),
     }
     return curve
+
+
+def check_enough(samples: int, alpha: float, delta: float) -> None:
+    """Raises ``ValueError`` if so many samples could not show the risk, even without one changed answer."""
+    for name, value in (("alpha", alpha), ("delta", delta)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must lie strictly between 0 and 1, not {value}")
+    needed = samples_needed(alpha, delta)
+    if samples < needed:
+        least = f"; {samples} can show {1 - delta ** (1 / samples):.3g} at best" if samples else ""
+        raise ValueError(
+            f"{samples} traces cannot show a risk below {alpha} with confidence {1 - delta:g}: "
+            f"at least {needed} held-out samples are needed{least}"
+        )
+
+
+def _refuse_training_samples(heads: ExitHeads, traces: TraceSet, shared_images: bool) -> int | None:
+    """How many images are shared with training; None where it cannot be known."""
+
+    def marks(data: Any) -> set[str]:
+        return {part["fingerprint"] for part in data or [] if isinstance(part, dict) and "fingerprint" in part}
+
+    training = heads.config.training or {}
+    if marks(training.get("data")) & marks(traces.provenance.get("data")):
+        raise ValueError(
+            "the traces to calibrate on are those the heads were trained on, so no promise would follow: "
+            "trace other samples, with other images"
+        )
+    if heads.trained_on is not None and traces.content is not None:
+        return check_held_out(heads.trained_on, traces.content, shared_images)
+    if traces.content is not None:
+        warnings.warn(
+            "these heads do not remember their training samples, so nobody can tell whether the traces to calibrate on "
+            "are held out: the promise holds only if they are",
+            stacklevel=3,
+        )
+    return None
+
+
+def _what_would_do(curve: RiskCurve, alpha: float) -> str:
+    """The alpha, or the number of samples, with which heads that never exit would exit now and then."""
+    first = int((curve.saved > 0).int().argmax())
+    if curve.saved[first] == 0:
+        return "no threshold lets any of these samples leave; train them on more, or on other, samples"
+    least, risk = float(curve.bound[: first + 1].max()), float(curve.risk[: first + 1].max())
+    text = f"alpha={least:.3g} or more would let them, with these {curve.samples} samples"
+    if risk >= alpha:
+        return f"{text}; {risk:.3g} of the answers change at their first exits, so more samples alone would not do"
+    needed = curve.samples
+    while clopper_pearson(math.ceil(risk * needed), needed, curve.delta) > alpha:
+        needed = math.ceil(needed * 1.05)
+    return f"{text}, or about {needed} samples with alpha={alpha}"
 
 
 def reliability(probability: torch.Tensor, same: torch.Tensor, bins: int = 15) -> dict[str, list[float]]:

@@ -1,52 +1,107 @@
-"""Traces on disk: a resumable Arrow data set in half precision, with its provenance, readable without the model."""
+"""Traces as they are read: columns that stay on the disk, and what they were made from."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from datasets.arrow_writer import ArrowWriter
-from torch import nn
-from tqdm.auto import tqdm
 
-from dyvte.data import GREEDY, Sample, encode
-from dyvte.provenance import atomic_path, claim, differing, versions
-from dyvte.runtime.decoder import DecoderSpec, underlying_model, visual_tokens
-from dyvte.training.trace import trace_batch
+from dyvte.data import DatasetDigest
+from dyvte.training.identity import FORMAT, PROVENANCE, check_mixable
+from dyvte.training.plan import PLAN
+from dyvte.training.units import (
+    TENSORS,
+    DamagedUnit,
+    Manifest,
+    MappedRows,
+    MappedTexts,
+    column_of,
+    map_unit,
+    read_manifest,
+    verify_unit,
+)
 
-ANSWERS = ("dense", "dataset")
-PROVENANCE = "provenance.json"
-TENSORS = ("state", "visual", "agreement", "nll", "kl", "dense_nll")
+
+@dataclass(frozen=True)
+class Content:
+    """What the samples of traces show, as SHA-256 digests of 32 bytes.
+
+    Attributes:
+        samples: uint8 [n, 32], see :func:`dyvte.data.sample_digest`.
+        images: uint8 [m, 32], see :func:`dyvte.data.image_digest`, of all samples in order.
+        owner: [m], the sample that shows each image.
+    """
+
+    samples: np.ndarray
+    images: np.ndarray
+    owner: np.ndarray
+
+    @classmethod
+    def of(cls, samples: Sequence[str], images: Sequence[Sequence[str]]) -> Content:
+        """From hexadecimal digests, those of the images sample by sample."""
+        owner = np.repeat(np.arange(len(images)), [len(some) for some in images])
+        return cls(_bytes(samples), _bytes([digest for some in images for digest in some]), owner)
+
+    def select(self, index: np.ndarray) -> Content:
+        """Those of some samples, in their order."""
+        start = np.searchsorted(self.owner, index)
+        count = np.searchsorted(self.owner, index, side="right") - start
+        owner = np.repeat(np.arange(len(index)), count)
+        shown = np.repeat(start - np.cumsum(count) + count, count) + np.arange(len(owner))
+        return Content(self.samples[index], self.images[shown], owner)
+
+    def sketch(self) -> dict[str, torch.Tensor]:
+        """What heads remember of the samples they were trained on, see :class:`dyvte.ExitHeads`."""
+        return {"samples": torch.from_numpy(short(self.samples)), "images": torch.from_numpy(short(self.images))}
+
+    @staticmethod
+    def joined(parts: Sequence[Content]) -> Content:
+        starts = np.cumsum([0, *(len(part.samples) for part in parts)])
+        return Content(
+            np.concatenate([part.samples for part in parts]),
+            np.concatenate([part.images for part in parts]),
+            np.concatenate([part.owner + start for part, start in zip(parts, starts)]),
+        )
+
+
+def short(digests: np.ndarray) -> np.ndarray:
+    """The first 64 bits of digests, sorted, each once: enough to tell millions of samples apart."""
+    return np.unique(np.ascontiguousarray(digests[:, :8]).view(np.int64))
+
+
+def _bytes(digests: Sequence[str]) -> np.ndarray:
+    return np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
 
 
 @dataclass
 class TraceSet:
-    """All traces of a data set, in memory.
+    """All traces of a data set. Those from a folder stay there but for ``agreement`` and ``dense_nll``.
 
     Attributes:
-        state: float16 [n, L, 2d].
+        state: float16 [n, L, 2d]; index it, or ``split`` it.
         visual: float16 [n, d].
-        agreement, nll, kl: float32 [n, L]; column e - 1 stands for exit layer e, see ``trace.Trace``.
+        agreement, nll, kl: [n, L]; column e - 1 stands for exit layer e, see ``trace.Trace``.
         dense_nll: float32 [n].
-        rows: per sample its id, kind, question, answer, dense answer and token counts.
+        rows: per sample its id, kind, question, answers, traced answer and token counts.
         provenance: model, revision, data, dtype and versions.
+        content: digests of the samples, where they are known.
     """
 
-    state: torch.Tensor
-    visual: torch.Tensor
+    state: torch.Tensor | MappedRows
+    visual: torch.Tensor | MappedRows
     agreement: torch.Tensor
-    nll: torch.Tensor
-    kl: torch.Tensor
+    nll: torch.Tensor | MappedRows
+    kl: torch.Tensor | MappedRows
     dense_nll: torch.Tensor
-    rows: list[dict[str, Any]]
+    rows: Sequence[dict[str, Any]]
     provenance: dict[str, Any]
+    content: Content | None = None
 
     def __len__(self) -> int:
         return len(self.state)
@@ -57,252 +112,117 @@ class TraceSet:
 
     @property
     def kinds(self) -> list[str]:
+        if isinstance(self.rows, MappedTexts):
+            return self.rows.column("kind")
         return [row["kind"] for row in self.rows]
 
+    @property
+    def exits(self) -> list[int]:
+        """The exit layers that were traced, L left out."""
+        traced = self.provenance.get("exits")
+        return list(range(1, self.num_layers)) if traced is None else traced
+
     def select(self, index: torch.Tensor | Sequence[int]) -> TraceSet:
-        """Some of the samples, by index."""
+        """Some of the samples, by index, in memory."""
         index = torch.as_tensor(index)
         tensors = {name: getattr(self, name)[index] for name in TENSORS}
-        return TraceSet(**tensors, rows=[self.rows[i] for i in index.tolist()], provenance=self.provenance)
-
-
-def write_traces(
-    model: nn.Module,
-    processor: Any,
-    samples: Sequence[Sample],
-    folder: str | os.PathLike,
-    *,
-    answers: str = "dense",
-    batch_size: int = 8,
-    max_new_tokens: int = 16,
-    template: str | None = None,
-    provenance: dict[str, Any] | None = None,
-    shard_size: int = 256,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Path:
-    """Traces every sample and writes shards that a restart does not repeat; several ranks share the shards.
-
-    Args:
-        answers: "dense" traces the model's own greedy answer, so that full agreement means that greedy decoding with
-            that exit gives the identical answer; "dataset" traces the first given answer.
-        provenance: what determines the samples (such as the data config); a folder with another one is refused.
-        shard_size: samples per shard, the unit of work that a restart repeats.
-
-    Raises:
-        ValueError: unknown kind of answers, no samples, or a folder that holds traces of something else.
-    """
-    if answers not in ANSWERS:
-        raise ValueError(f"answers must be one of {', '.join(ANSWERS)}, not {answers!r}")
-    if len(samples) == 0:
-        raise ValueError("there are no samples to trace: check the data config")
-    if answers == "dataset" and not samples[0].answers:
-        raise ValueError("the samples have no answers to trace: use answers=dense, or map the column of answers")
-    folder, spec = Path(folder), DecoderSpec.of(model)
-    base = spec.model
-    record = {
-        "base_model": getattr(base.config, "_name_or_path", None) or None,
-        "base_revision": getattr(base.config, "_commit_hash", None),
-        "num_layers": spec.num_layers,
-        "hidden_size": spec.config.hidden_size,
-        "min_layer": spec.min_layer,
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "answers": answers,
-        "max_new_tokens": max_new_tokens,
-        "samples": len(samples),
-        "shard_size": shard_size,
-        "data": provenance or {},
-        "versions": versions(),
-    }
-    _claim(folder, record, rank)
-    starts = list(range(0, len(samples), shard_size))[rank::world_size]
-    share = sum(min(shard_size, len(samples) - start) for start in starts)
-    title = "trace" if world_size == 1 else f"trace (share of rank 0 of {world_size})"
-    with tqdm(total=share, desc=title, unit="sample", disable=rank != 0) as bar:
-        for start in starts:
-            size = min(shard_size, len(samples) - start)
-            shard = folder / f"shard-{start:08d}.arrow"
-            if not shard.exists():
-                rows: list[dict[str, Any]] = []
-                for first in range(start, start + size, batch_size):
-                    batch = [samples[i] for i in range(first, min(first + batch_size, start + size))]
-                    rows += _trace_samples(model, processor, batch, answers, max_new_tokens, template)
-                    bar.update(len(batch))
-                _save(rows, shard)
-            else:
-                bar.update(size)
-    return folder
-
-
-def _claim(folder: Path, record: dict[str, Any], rank: int) -> None:
-    """Notes what the traces are made from, or checks it; only the versions may change when a run goes on."""
-
-    def same(noted: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-        other = differing(noted, {key: value for key, value in record.items() if key != "versions"})
-        if other:
-            raise ValueError(
-                f"{folder} holds traces made otherwise ({', '.join(f'{key}: {old!r}' for key, old in other.items())}): "
-                "choose another folder or remove this one"
-            )
-        return noted
-
-    claim(folder / PROVENANCE, record, same, write=rank == 0)
-
-
-def _trace_samples(
-    model: nn.Module,
-    processor: Any,
-    samples: list[Sample],
-    answers: str,
-    max_new_tokens: int,
-    template: str | None,
-) -> list[dict[str, Any]]:
-    inputs = encode(processor, samples, template).to(model.device, model.dtype)
-    tokenizer = processor.tokenizer
-    length = inputs["input_ids"].shape[1]
-    if answers == "dense":
-        with torch.no_grad():
-            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)[:, length:]
-    else:
-        rows = [tokenizer(sample.answers[0], add_special_tokens=False).input_ids for sample in samples]
-        rows = [row + [tokenizer.eos_token_id] for row in rows]
-        pad = max(map(len, rows))
-        ids = torch.tensor([row + [-100] * (pad - len(row)) for row in rows], device=model.device)
-    answer = _answer_mask(ids, model.generation_config.eos_token_id)
-    traced = append_answer(inputs, ids, answer)
-    trace = trace_batch(model, traced)
-    full, text = prompt_lengths(model, inputs)
-    out = []
-    for i, sample in enumerate(samples):
-        out.append(
-            {
-                "id": sample.id,
-                "kind": sample.kind,
-                "question": sample.question,
-                "answers": sample.answers,
-                "traced_answer": tokenizer.decode(ids[i][answer[i]], skip_special_tokens=True).strip(),
-                "text_tokens": int(text[i]),
-                "visual_tokens": int(full[i] - text[i]),
-                "state": _half(trace.state[i]).flatten().cpu().numpy(),
-                "visual": _half(trace.visual[i]).cpu().numpy(),
-                "agreement": trace.agreement[i].cpu().numpy(),
-                "nll": trace.nll[i].half().cpu().numpy(),
-                "kl": trace.kl[i].half().cpu().numpy(),
-                "dense_nll": float(trace.dense_nll[i]),
-            }
+        content = self.content
+        if content is not None:
+            content = content.select(index.numpy())
+        return TraceSet(
+            **tensors | {name: tensors[name].float() for name in ("nll", "kl")},
+            rows=[self.rows[i] for i in index.tolist()],
+            provenance=self.provenance,
+            content=content,
         )
-    return out
-
-
-def _half(states: torch.Tensor) -> torch.Tensor:
-    """In half precision; what is too large for it is cut off there, which keeps directions where infinity would not."""
-    limit = torch.finfo(torch.float16).max
-    return states.clamp(-limit, limit).half()
-
-
-def _answer_mask(ids: torch.Tensor, eos: int | list[int] | None) -> torch.Tensor:
-    """True up to and including the first end-of-sequence token of each answer."""
-    if eos is None:
-        return ids >= 0
-    ends = torch.isin(ids, torch.tensor(eos if isinstance(eos, list) else [eos], device=ids.device))
-    before_end = ends.int().cumsum(1) - ends.int() == 0
-    return before_end & (ids >= 0)
-
-
-def append_answer(inputs: dict[str, Any], ids: torch.Tensor, answer: torch.Tensor) -> dict[str, Any]:
-    """Prompt inputs (left-padded) with answers appended, and the labels that mark them.
-
-    Args:
-        inputs: what the model takes for the prompts.
-        ids: [batch, answer length].
-        answer: bool [batch, answer length], what belongs to the answer.
-    """
-    prompt, mask = inputs["input_ids"], inputs["attention_mask"]
-    mask = torch.cat([mask, answer.to(mask.dtype)], 1)
-    traced = dict(inputs) | {
-        "input_ids": torch.cat([prompt, ids.where(answer, 0)], 1),
-        "attention_mask": mask,
-        "labels": torch.cat([torch.full_like(prompt, -100), ids.where(answer, -100)], 1),
-    }
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in inputs:  # answers are text
-            traced[name] = torch.cat([inputs[name], torch.zeros_like(ids)], 1)
-    return traced
-
-
-def prompt_lengths(model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of each prompt, and how many of them are text: two long [batch]."""
-    full = inputs["attention_mask"].sum(1)
-    return full, full - visual_tokens(underlying_model(model), inputs["input_ids"]).sum(1)
-
-
-def _save(rows: list[dict[str, Any]], shard: Path) -> None:
-    """Writes a shard whole or not at all."""
-    value, layers, width = datasets.Value, len(rows[0]["agreement"]), len(rows[0]["state"])
-    features = datasets.Features(
-        {name: value("string") for name in ("id", "kind", "question", "traced_answer")}
-        | {"answers": datasets.List(value("string")), "text_tokens": value("int32"), "visual_tokens": value("int32")}
-        | {"state": datasets.List(value("float16"), length=width), "dense_nll": value("float32")}
-        | {"visual": datasets.List(value("float16"), length=len(rows[0]["visual"]))}
-        | {"agreement": datasets.List(value("float32"), length=layers)}
-        | {name: datasets.List(value("float16"), length=layers) for name in ("nll", "kl")}
-    )
-    columns = {name: [row[name] for row in rows] for name in features}
-    with atomic_path(shard) as fresh, ArrowWriter(path=str(fresh), features=features) as writer:
-        writer.write_batch(columns)
-        writer.finalize()
-
-
-def _tensor(table: datasets.Dataset, name: str) -> torch.Tensor:
-    """A numeric column in its own type: the formatters of ``datasets`` would widen half precision."""
-    chunks = table.data.column(name).chunks
-    flat = [chunk.flatten() if hasattr(chunk, "flatten") else chunk for chunk in chunks]
-    parts = [chunk.to_numpy(zero_copy_only=False) for chunk in flat]
-    values = torch.from_numpy(np.concatenate(parts))
-    return values if len(values) == len(table) else values.view(len(table), -1)
 
 
 def load_traces(*folders: str | os.PathLike) -> TraceSet:
-    """Traces from one or more folders, all of the same model.
+    """Traces from one or more folders, all of the same model, in the order of their samples.
+
+    Every file is read once and compared with its SHA-256; after that states are read as they are needed.
 
     Raises:
-        ValueError: a folder without traces, an unfinished one, or traces of different models.
+        ValueError: a folder without traces, an unfinished or damaged one, or traces that do not go together.
     """
-    tables, provenance = [], None
-    for folder in map(Path, folders):
-        if not (folder / PROVENANCE).exists():
-            raise ValueError(f"{folder} holds no traces: make some with `dyvte trace`")
-        record = json.loads((folder / PROVENANCE).read_text())
-        shards = [datasets.Dataset.from_file(str(path)) for path in sorted(folder.glob("shard-*.arrow"))]
-        found = sum(map(len, shards))
-        if found != record["samples"]:
-            raise ValueError(
-                f"{folder} holds {found} of {record['samples']} traces: run `dyvte trace` again, "
-                "it goes on where it stopped"
-            )
-        if provenance is not None:
-            for key in ("base_model", "num_layers", "hidden_size", "answers"):
-                if provenance[key] != record[key]:
-                    raise ValueError(f"{folder} differs in {key}: {record[key]!r} and {provenance[key]!r} do not mix")
-            provenance["data"] = [*provenance["data"], record["data"]]
-        else:
-            provenance = record | {"data": [record["data"]]}
-        tables += shards
-    if not tables:
+    if not folders:
         raise ValueError("no trace folder was named")
-    table = datasets.concatenate_datasets(tables)
-    arrays = {name: _tensor(table, name) for name in TENSORS}
-    n, layers = arrays["agreement"].shape
-    # Exits that the model does not allow count as changed answers.
-    arrays["agreement"][:, : provenance.get("min_layer", 1) - 1] = 0
-    rows = table.remove_columns(list(arrays)).to_list()
+    first: dict[str, Any] | None = None
+    data, contents, places = [], [], []
+    units: list[tuple[Path, int]] = []
+    columns: dict[str, list[Any]] = {name: [] for name in (*TENSORS, "answers")}
+    for folder in map(Path, folders):
+        record = _read_json(folder / PROVENANCE, f"{folder} holds no traces: make some with `dyvte trace`")
+        if record.get("format") != FORMAT:
+            raise ValueError(f"{folder} holds traces of another version of dyvte: trace again, into another folder")
+        if first is not None:
+            check_mixable(folder, first, record)
+        first = first or record
+        data.append(record["data"])
+        index, place, content = [], [], []
+        for number, manifest in _units(folder, record["samples"]):
+            if not manifest.index:
+                continue
+            index += manifest.index
+            place.append(np.stack([np.full(len(manifest.index), len(units)), np.arange(len(manifest.index))], 1))
+            content.append(Content.of(manifest.digests, manifest.images))
+            units.append((folder, number))
+            table = map_unit(folder, number)
+            for name in TENSORS:
+                columns[name].append(column_of(table, name))
+            columns["answers"].append(table.column("answers").combine_chunks())
+        if not index:
+            raise ValueError(f"every sample of {folder} was skipped, see its manifests: there are no traces")
+        order = np.argsort(index)
+        contents.append(Content.joined(content).select(order))
+        places.append(np.concatenate(place)[order])
+    unit, row = torch.from_numpy(np.concatenate(places)).T.contiguous()
+    layers, size = first["num_layers"], first["hidden_size"]
+    shapes = {"state": (layers, 2 * size), "visual": (size,), "dense_nll": ()}
+    mapped = {name: MappedRows(columns[name], unit, row, shapes.get(name, (layers,))) for name in TENSORS}
+    agreement = mapped["agreement"][:]
+    agreement[:, : first.get("min_layer", 1) - 1] = 0  # exits that the model does not allow count as changed answers
+    content, digest = Content.joined(contents), DatasetDigest()
+    for shown, u, r in zip(content.samples, unit.tolist(), row.tolist()):
+        digest.update(shown.tobytes().hex(), columns["answers"][u][r].as_py())
     return TraceSet(
-        state=arrays["state"].view(n, layers, -1),
-        visual=arrays["visual"],
-        agreement=arrays["agreement"].float(),
-        nll=arrays["nll"].float(),
-        kl=arrays["kl"].float(),
-        dense_nll=arrays["dense_nll"].float(),
-        rows=rows,
-        provenance=provenance,
+        **mapped | {"agreement": agreement, "dense_nll": mapped["dense_nll"][:]},
+        rows=MappedTexts(units, unit, row),
+        provenance=first | {"data": data, "content": digest.hexdigest()},
+        content=content,
     )
+
+
+def _read_json(path: Path, missing: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(missing) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove its folder and trace again") from error
+
+
+def _units(folder: Path, samples: int) -> Iterator[tuple[int, Manifest]]:
+    """All units of a folder, each as it was written.
+
+    Raises:
+        ValueError: some are missing or damaged.
+    """
+    again = "run `dyvte trace` again, it goes on where it stopped"
+    plan = _read_json(folder / PLAN, f"{folder} has no {PLAN}: {again}")
+    finished, done, damaged = [], 0, []
+    for number, planned in enumerate(plan["units"]):
+        try:
+            manifest = read_manifest(folder, number, planned)
+            if manifest is not None:
+                verify_unit(folder, number, manifest)
+                finished.append(number)
+                done += len(planned)
+        except DamagedUnit as error:
+            damaged.append(str(error))
+    if damaged:
+        raise ValueError(f"{len(damaged)} units are damaged ({damaged[0]}): {again} and makes them anew")
+    if done != samples:
+        raise ValueError(f"{folder} holds {done} of {samples} traces: {again}")
+    for number in finished:
+        yield number, read_manifest(folder, number, plan["units"][number])

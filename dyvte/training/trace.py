@@ -31,6 +31,22 @@ from dyvte.runtime.tokens import KeptTokens
 LOGITS_AT_ONCE = 256 * 2**20  # bytes of logits, in float32
 
 
+class TraceError(ValueError):
+    """Samples of a batch that cannot be traced.
+
+    Attributes:
+        rows: which of the batch.
+        reason: what is wrong with them, and the remedy.
+    """
+
+    def __init__(self, rows: Sequence[int], reason: str):
+        super().__init__(rows, reason)
+        self.rows, self.reason = list(rows), reason
+
+    def __str__(self) -> str:
+        return f"samples {self.rows} have {self.reason}"
+
+
 @dataclass
 class Trace:
     """What one pass teaches. Column e - 1 stands for exit layer e = 1 ... L; e = L is the dense model itself.
@@ -180,7 +196,7 @@ class TracePass(PromptPass):
         if answer is None:
             return column == last
         if not bool(answer.any(1).all()):
-            raise ValueError(f"samples {_rows(~answer.any(1))} have no answer tokens: labels are -100 everywhere")
+            raise TraceError(_rows(~answer.any(1)), "no answer tokens: labels are -100 everywhere")
         predicts = F.pad(answer[:, 1:], (0, 1))
         if bool((predicts & (column < last)).any()):
             raise ValueError("labels stand before the end of the prompt: only the last answer can be traced")
@@ -255,17 +271,21 @@ class TracePass(PromptPass):
             nll[:, layer - 1] = mean(-log_p.gather(-1, targets[..., None]).squeeze(-1))
             divergence = F.kl_div(dense_next, log_p[sample, first], reduction="none", log_target=True).sum(-1)
             kl[:, layer - 1] = divergence.clamp(min=0)
+            infinite = ~nll[:, layer - 1].isfinite()
+            if bool(infinite.any()):
+                raise TraceError(_rows(infinite), f"an answer of infinite loss with exit layer {layer}: {_REMEDY}")
         state = torch.stack([state.to(logits.device) for state in self.states], 1)
         if not bool(state.isfinite().all()):
-            rows = _rows(~state.isfinite().flatten(1).all(1))
-            raise ValueError(f"samples {rows} have text states that are not finite: {_REMEDY}")
+            raise TraceError(_rows(~state.isfinite().flatten(1).all(1)), f"text states that are not finite: {_REMEDY}")
+        if not bool(self.visual.isfinite().all()):
+            raise TraceError(_rows(~self.visual.isfinite().all(1)), f"visual tokens that are not finite: {_REMEDY}")
         return Trace(state, self.visual.to(logits.device), agreement, nll, kl, nll[:, -1])
 
     @staticmethod
     def _refuse_unfinite(log_p: torch.Tensor, valid: torch.Tensor, layer: int) -> None:
         bad = log_p.isnan().any(-1) & valid
         if bool(bad.any()):
-            raise ValueError(f"samples {_rows(bad.any(1))} have logits that are NaN with exit layer {layer}: {_REMEDY}")
+            raise TraceError(_rows(bad.any(1)), f"logits that are NaN with exit layer {layer}: {_REMEDY}")
 
 
 class _Head:
@@ -311,9 +331,9 @@ _REMEDY = "load the model in bfloat16 or float32 (float16 overflows in some mode
 
 def _refuse_without_image(fine: torch.Tensor) -> None:
     if not bool(fine.all()):
-        raise ValueError(
-            f"samples {_rows(~fine)} have no visual tokens, or no prompt text after them: an exit means nothing there, "
-            "leave them out of the trace"
+        raise TraceError(
+            _rows(~fine),
+            "no visual tokens, or no prompt text after them: an exit means nothing there, leave them out of the trace",
         )
 
 

@@ -1,0 +1,213 @@
+"""A unit of traces on disk: an Arrow file, and beside it a manifest, written last, that says what the file must hold.
+
+Columns of a unit:
+
+    id, kind, question, answers, traced_answer, text_tokens, visual_tokens
+    state      float16 [L * 2d]     visual    float16 [d]
+    agreement  float32 [L]          nll, kl   float16 [L]       dense_nll  float32
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+import torch
+from datasets.arrow_writer import ArrowWriter
+
+from dyvte.provenance import atomic_path, write_json
+
+TENSORS = ("state", "visual", "agreement", "nll", "kl", "dense_nll")
+
+
+class DamagedUnit(ValueError):
+    """A unit whose files are not what was written."""
+
+
+@dataclass
+class Manifest:
+    """What a unit holds.
+
+    Attributes:
+        index: of each sample in the data set, ascending, as the rows of the file are.
+        ids: of the samples.
+        digests: :func:`dyvte.data.sample_digest` of each.
+        images: :func:`dyvte.data.image_digest` of each image of each.
+        answers: the accepted answers of each.
+        skipped: samples left out: index, id, file and reason.
+        bytes, sha256: of the file; a unit of which every sample was skipped has none.
+    """
+
+    index: list[int]
+    ids: list[str]
+    digests: list[str]
+    images: list[list[str]]
+    answers: list[list[str]]
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    bytes: int = 0
+    sha256: str | None = None
+
+
+def data_file(folder: Path, number: int) -> Path:
+    return folder / "units" / f"{number:06d}.arrow"
+
+
+def manifest_file(folder: Path, number: int) -> Path:
+    return folder / "units" / f"{number:06d}.json"
+
+
+def write_unit(folder: Path, number: int, rows: Sequence[Mapping[str, Any]], manifest: Manifest) -> None:
+    """Writes the rows of a unit, then its manifest: until both are there the unit does not count."""
+    (folder / "units").mkdir(exist_ok=True)
+    if rows:
+        path = data_file(folder, number)
+        with atomic_path(path) as fresh:
+            with ArrowWriter(path=str(fresh), features=_features(rows[0])) as writer:
+                writer.write_batch({name: [row[name] for row in rows] for name in writer.schema.names})
+                writer.finalize()
+            manifest.bytes, manifest.sha256 = fresh.stat().st_size, sha256_of(fresh)
+    write_json(manifest_file(folder, number), asdict(manifest))
+
+
+def _features(row: Mapping[str, Any]) -> datasets.Features:
+    value = datasets.Value
+
+    def numbers(kind: str, name: str) -> datasets.List:
+        return datasets.List(value(kind), length=len(row[name]))
+
+    return datasets.Features(
+        {name: value("string") for name in ("id", "kind", "question", "traced_answer")}
+        | {"answers": datasets.List(value("string")), "text_tokens": value("int32"), "visual_tokens": value("int32")}
+        | {name: numbers("float16", name) for name in ("state", "visual", "nll", "kl")}
+        | {"agreement": numbers("float32", "agreement"), "dense_nll": value("float32")}
+    )
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path, number: int, planned: Sequence[int]) -> Manifest | None:
+    """The manifest of a unit; None if the unit was never finished.
+
+    Raises:
+        DamagedUnit: it is no manifest of these samples, or the data file is missing or of another size.
+    """
+    path = manifest_file(folder, number)
+    try:
+        manifest = Manifest(**json.loads(path.read_text()))
+        present = sorted([*manifest.index, *(one["index"] for one in manifest.skipped)])
+        columns = (manifest.ids, manifest.digests, manifest.images, manifest.answers)
+        whole = all(len(column) == len(manifest.index) for column in columns)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedUnit(f"{path} is damaged: {error}") from error
+    if not whole or present != list(planned):
+        raise DamagedUnit(f"{path} is damaged: it is not about the samples of the plan")
+    if manifest.index:
+        file = data_file(folder, number)
+        size = file.stat().st_size if file.exists() else None
+        if size != manifest.bytes:
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            raise DamagedUnit(f"{file} {found} where {manifest.bytes:,} bytes were written")
+    return manifest
+
+
+def verify_unit(folder: Path, number: int, manifest: Manifest) -> None:
+    """Reads the data file of a unit and compares it with what was written.
+
+    Raises:
+        DamagedUnit: they differ.
+    """
+    if manifest.index and sha256_of(data_file(folder, number)) != manifest.sha256:
+        raise DamagedUnit(f"{data_file(folder, number)} was changed after it was written: its SHA-256 differs")
+
+
+def map_unit(folder: Path, number: int) -> pyarrow.Table:
+    """The rows of a unit, mapped into memory; the file is closed again, since a process may open few at a time."""
+    with pyarrow.memory_map(str(data_file(folder, number))) as source:
+        return pyarrow.ipc.open_stream(source).read_all()
+
+
+def column_of(table: pyarrow.Table, name: str) -> np.ndarray:
+    """A numeric column [rows, size] in its own type, without a copy."""
+    chunks = [chunk.flatten() if hasattr(chunk, "flatten") else chunk for chunk in table.column(name).chunks]
+    parts = [chunk.to_numpy(zero_copy_only=True) for chunk in chunks]
+    return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(len(table), -1)
+
+
+class MappedRows:
+    """A numeric column of many units: rows are read when asked for, so it takes no memory however many there are.
+
+    Functions of torch take it as the tensor [n, *shape] that it stands for, and read all of it.
+
+    Args:
+        parts: the column in every unit, [rows, size] each.
+        unit, row: long [n] each, where every row is.
+        shape: of a row.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray], unit: torch.Tensor, row: torch.Tensor, shape: Sequence[int]):
+        self.parts, self.unit, self.row = parts, unit, row
+        self.shape = torch.Size([len(unit), *shape])
+        self.dtype = torch.from_numpy(np.empty(0, parts[0].dtype)).dtype
+
+    def __len__(self) -> int:
+        return len(self.unit)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        unit, row = self.unit[index], self.row[index]
+        out = np.empty((unit.numel(), self.shape[1:].numel()), self.parts[0].dtype)
+        for place, (u, r) in enumerate(zip(unit.flatten().tolist(), row.flatten().tolist())):
+            out[place] = self.parts[u][r]
+        return torch.from_numpy(out).view(*unit.shape, *self.shape[1:])
+
+    def split(self, size: int) -> Iterator[torch.Tensor]:
+        """The rows in order, ``size`` at a time."""
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*(a[:] if isinstance(a, cls) else a for a in args), **kwargs or {})
+
+
+class MappedTexts(Sequence[dict[str, Any]]):
+    """The other columns of many units, a dictionary a sample; units are opened as they are needed.
+
+    Args:
+        units: folder and number of each.
+        unit, row: long [n] each, where every sample is.
+    """
+
+    def __init__(self, units: Sequence[tuple[Path, int]], unit: torch.Tensor, row: torch.Tensor):
+        self.units, self.unit, self.row = units, unit, row
+        self._table = lru_cache(64)(self._open)
+
+    def _open(self, unit: int) -> pyarrow.Table:
+        return map_unit(*self.units[unit]).drop_columns(list(TENSORS))
+
+    def __len__(self) -> int:
+        return len(self.unit)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return MappedTexts(self.units, self.unit[index], self.row[index])
+        return self._table(int(self.unit[index])).slice(int(self.row[index]), 1).to_pylist()[0]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other))
+
+    def column(self, name: str) -> list[Any]:
+        """One column of all samples."""
+        columns = [map_unit(*unit).column(name).to_pylist() for unit in self.units]
+        return [columns[u][r] for u, r in zip(self.unit.tolist(), self.row.tolist())]
