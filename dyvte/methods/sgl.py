@@ -8,6 +8,7 @@ threshold is the paper's.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from dyvte.methods.selection import rows_after
-from dyvte.runtime.attention import AttentionCall, call_arguments, find_attention
+from dyvte.runtime.attention import AttentionCall, find_attention, watch
 from dyvte.runtime.decoder import DecoderSpec, visual_tokens
 from dyvte.runtime.reduction import LayerView, Reduction, TopK
 
@@ -124,37 +125,31 @@ def importance(
     mask = inputs.get("attention_mask")
     valid = torch.ones_like(visual) if mask is None else mask.bool().to(visual.device)
     rows, width = rows_after(visual & valid, inclusive) & valid, visual.shape[1]
-    calls: dict[nn.Module, AttentionCall] = {}
     given: list[torch.Tensor] = []  # by pass: the prompt, then every step
 
-    def before(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        calls[attention] = AttentionCall(attention, call_arguments(attention, args, kwargs))
-
-    def after(attention: nn.Module, args: tuple, output: Any) -> None:
-        call = calls.pop(attention)
-        call.output = output
-        new = call.arguments["hidden_states"].shape[1]
-        asked = rows if new == width else torch.ones(len(rows), new, dtype=torch.bool, device=rows.device)
-        paid = call.paid_to_all(asked.to(call.arguments["hidden_states"].device))
-        end = width if new == width else width + len(given) - (attention is not attentions[0])
-        # Sliding layers hold the last columns only.
-        first = end - paid.shape[1]
+    def add(index: int, call: AttentionCall) -> None:
+        first, new = index == 0, call.query.shape[1]
+        prompt = not given or (len(given) == 1 and not first)
+        asked = rows if prompt else torch.ones(len(rows), new, dtype=torch.bool, device=rows.device)
+        paid = call.paid_to_all(asked.to(call.query.device)) * spec.config.num_attention_heads
+        end = width + (len(given) if first else len(given) - 1)
+        start = end - paid.shape[1]  # sliding layers hold the last columns only
         columns = torch.zeros_like(visual, dtype=torch.float32)
-        columns[:, max(first, 0) :] = paid[:, max(-first, 0) : width - first].to(columns.device)
-        columns *= spec.config.num_attention_heads
-        if attention is attentions[0]:
+        columns[:, max(start, 0) :] = paid[:, max(-start, 0) : width - start].to(columns.device)
+        if first:
             given.append(columns)
         else:
             given[-1] += columns
 
-    attentions = [find_attention(layer) for layer in spec.layers]
-    hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in attentions]
-    hooks += [module.register_forward_hook(after) for module in attentions]
+    watched = [
+        watch(find_attention(layer), lambda: valid, functools.partial(add, index))
+        for index, layer in enumerate(spec.layers)
+    ]
     try:
         answer = spec.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for undo in watched:
+            undo()
     ends = _end_ids(spec.model)
     answer = answer[:, -len(given) :] if "input_ids" in inputs else answer
     going = (~torch.isin(answer, ends.to(answer.device))).cumprod(1).bool()[:, : len(given) - 1]

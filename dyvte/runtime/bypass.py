@@ -31,6 +31,12 @@ class Bypass(Reduction):
                 f"visual tokens cannot bypass layer {outside[0]}: choose among {spec.first} ... {spec.num_layers - 1}"
             )
 
+        if spec.stream is not None or any(kind.source is not None for kind in spec.kinds):
+            raise ValueError(
+                f"tokens cannot bypass single layers of {type(spec.decoder).__name__}, whose tokens have several "
+                "states or whose layers read each other's keys: choose a method that drops tokens for good"
+            )
+
     def routes(self, view: LayerView) -> torch.Tensor:
         """Which visual tokens the layer works on: bool [n, width], read at visual tokens only."""
         raise NotImplementedError(f"{type(self).__name__} does not define routes()")
