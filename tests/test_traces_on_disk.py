@@ -265,6 +265,12 @@ def test_disks_that_take_nothing(mllm, whole, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="No space left on device.*the same command goes on"):
         write_traces(*mllm[:2], samples(), folder, **SETTINGS)
     monkeypatch.undo()
+    noted = (folder / "provenance.json").read_text()
+    (folder / "provenance.json").write_text(noted[:50])
+    for reads in (lambda: write_traces(*mllm[:2], samples(), folder, **SETTINGS), lambda: load_traces(folder)):
+        with pytest.raises(ValueError, match="provenance.json is damaged"):
+            reads()
+    (folder / "provenance.json").write_text(noted)
     assert len(list(folder.glob("units/*"))) == 4  # no half of a unit
     write_traces(*mllm[:2], samples(), folder, **SETTINGS)
     assert files(folder) == files(whole)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -190,6 +191,8 @@ def _faults_of(folder: Path) -> Iterator[None]:
     """Turns what the system says about the folder into what to do about it."""
     try:
         yield
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / PROVENANCE} is damaged ({error}): choose another folder") from error
     except OSError as error:
         raise ValueError(
             f"{folder} does not take what is written ({error.strerror or error}): make room, or choose another folder; "
