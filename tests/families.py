@@ -565,7 +565,9 @@ def mllama() -> PreTrainedConfig:
         "supported_aspect_ratios": [[1, 1]],
     }
     return tf.MllamaConfig(
-        text_config={**TEXT, "cross_attention_layers": [1]}, vision_config=vision, image_token_index=IMAGE
+        text_config={**TEXT, ROTATION: {"rope_type": "default", "rope_theta": 10000.0}, "cross_attention_layers": [1]},
+        vision_config=vision,
+        image_token_index=IMAGE,
     )
 
 
