@@ -96,7 +96,7 @@ class ConversationSamples(Source):
         for i, (row, has_images) in enumerate(self._outlines()):
             asked = self._askable(row, has_images, left_out)
             if asked:
-                turns[i], lengths[i] = asked, len(str(self._messages(row)))
+                turns[i], lengths[i] = asked, self._length(row)
         self.left_out = dict(+left_out)
         if not turns:
             raise ValueError(
@@ -112,6 +112,13 @@ class ConversationSamples(Source):
         place = {i: new for new, i in enumerate(used)}
         self._row, self._turn = array("q", (place[i] for i, _ in chosen)), array("q", (turn for _, turn in chosen))
         self.rows = self.rows.select(used) if isinstance(self.rows, Table) else [self.rows[i] for i in used]
+
+    def _length(self, row: Any) -> int:
+        """Characters of a row's messages; 0 where reading it will say what is wrong."""
+        try:
+            return len(str(self._messages(row)))
+        except DamageError:
+            return 0
 
     def _askable(self, row: Any, has_images: bool, left_out: Counter[str]) -> list[int]:
         """The turns of a row to ask about: none where it is left out, the first where reading it will say why not."""
