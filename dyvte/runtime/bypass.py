@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from dyvte.runtime.cache import group_cache
+from dyvte.runtime.cache_rows import group_cache
 from dyvte.runtime.decoder import DecoderSpec
 from dyvte.runtime.groups import Group
 from dyvte.runtime.reduction import Reduction

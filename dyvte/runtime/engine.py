@@ -185,7 +185,7 @@ class Engine:
 
     def _run_layer(self, index: int, layer: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         hidden, given = layer_call(layer, args, kwargs)
-        if index == 0 and self.run is None:
+        if index == 0 and (self.run is None or not self.calls.frames):  # a bare loop may have failed before its end
             self._start(hidden, given)
         if self.run is None:
             return self._decode(index, forward, hidden, given)

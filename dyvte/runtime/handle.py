@@ -103,7 +103,7 @@ class PromptRecord:
     def __init__(self, run: PromptPass):
         prompt = run.prompt
         self._layers, self._batch = run.spec.num_layers, run.batch
-        self.layers, self._counts = run.exits, run.counts
+        self.layers, self._counts = run.decisions.exits, run.counts
         self._visual, self._text = prompt.visual.sum(1), prompt.text.sum(1)
         self._width = [max(tokens.width for _, tokens in groups) for groups in run.kept]
 

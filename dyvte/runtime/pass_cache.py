@@ -9,15 +9,8 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from dyvte.runtime.cache import (
-    KeptLayer,
-    held_tokens,
-    is_recurrent,
-    merge_kept,
-    merge_recurrent,
-    put_layer,
-    recurrent_rows,
-)
+from dyvte.runtime.cache import KeptLayer, held_tokens, is_recurrent
+from dyvte.runtime.cache_rows import merge_kept, merge_recurrent, put_layer, recurrent_rows
 from dyvte.runtime.decoder import DecoderSpec
 from dyvte.runtime.groups import Group
 from dyvte.runtime.prompt import Prompt

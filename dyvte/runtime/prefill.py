@@ -10,16 +10,16 @@ from transformers import Cache
 
 from dyvte.runtime.arguments import cache_name, check_arguments, tensors
 from dyvte.runtime.attention import AttentionCall
-from dyvte.runtime.bypass import Bypass, Detour, by_layer
+from dyvte.runtime.bypass import Detour
+from dyvte.runtime.decisions import Decisions
 from dyvte.runtime.decoder import DecoderSpec
-from dyvte.runtime.groups import Group, regroup, split
+from dyvte.runtime.groups import Group
 from dyvte.runtime.pass_cache import PassCache
 from dyvte.runtime.placement import loaded
 from dyvte.runtime.prompt import Prompt
 from dyvte.runtime.reduction import Reduction
 from dyvte.runtime.tokens import KeptTokens
-from dyvte.runtime.verdict import Verdict, not_finite
-from dyvte.runtime.view import LayerView
+from dyvte.runtime.verdict import not_finite
 from dyvte.runtime.vision import VisionAttention
 
 
@@ -28,7 +28,7 @@ class PromptPass:
 
     Attributes:
         groups: the samples of the batch; each runs every layer once. At first one group of all samples and tokens.
-        exits: long [batch] on the CPU, after how many layers the last visual token of each sample was gone.
+        decisions: what reductions say about it.
         counts: for each layer run so far, (samples, visual tokens of each) of its groups.
         kept: for each layer run so far, (samples, tokens) of its groups.
     """
@@ -47,34 +47,19 @@ class PromptPass:
         everyone, may = torch.arange(self.batch), prompt.can_leave.nonzero().flatten()
         whole = KeptTokens.whole(prompt.valid)
         self.groups = [Group(prompt, everyone, whole, hidden, may, cache, whole=True)]
-        self.exits = torch.full((self.batch,), spec.num_layers)
+        self.decisions = Decisions(spec, self.batch)
         self.current: Group | None = None  # the one whose layer is running
         self.attention: dict[int, AttentionCall] = {}  # by group, of the layer that ran last
         self.vision: VisionAttention | None = None
         self.counts: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         self.kept: list[list[tuple[torch.Tensor, KeptTokens]]] = []
-        self._reductions: list[Reduction] = []
-        self._bypasses: dict[int, Bypass] = {}
-        self._verdicts: dict[int, list[Verdict]] = {}
         self._checked: set[tuple[str, ...]] = set()  # names of arguments
         self.returns_tuple = False
         self._returned: torch.Tensor | None = None
 
     def start(self, method: Reduction) -> None:
         """Asks a method what it has to say about this prompt."""
-        group = self.groups[0]
-        view = LayerView(group, torch.arange(self.batch), 0, self.spec)
-        self._bypasses = by_layer(method.parts())
-        for part in method.parts():
-            reduction = part.start(view)
-            if reduction.layers is None or reduction.layers:
-                self._reductions.append(reduction)
-        if self._reductions:
-            # Here the host waits anyway; later a GPU's queue would run dry.
-            for reduction in self._reductions:
-                places = self._places(group, reduction)
-                if len(places) and reduction.reads_text:
-                    group.reader(places)
+        self.decisions.start(method, self.groups[0])
 
     def run(self, index: int, forward: Callable[..., Any], hidden: torch.Tensor, given: dict[str, Any]) -> Any:
         """Runs decoder layer ``index`` for every group; what the layer would have returned for the first of them.
@@ -94,7 +79,7 @@ class PromptPass:
         self._receive(index, hidden)
         self._reduce(index)
         self.attention.clear()
-        bypass = self._bypasses.get(index)
+        bypass = self.decisions.bypasses.get(index)
         detours = [] if bypass is None else [Detour(group, bypass, index, self.spec) for group in self.groups]
         working = [detour.part for detour in detours] or self.groups
         self._note(working)
@@ -146,8 +131,8 @@ class PromptPass:
 
     def release(self) -> None:
         """Lets go of states and caches; what was kept where stays known."""
-        self.groups, self.attention, self._reductions, self._verdicts = [], {}, [], {}
-        self.cache, self.vision, self._returned = None, None, None
+        self.groups, self.attention = [], {}
+        self.cache, self.decisions, self.vision, self._returned = None, None, None, None
 
     def _receive(self, index: int, hidden: torch.Tensor) -> None:
         group, before = self.groups[0], self._returned
@@ -175,74 +160,9 @@ class PromptPass:
         """Whether every sample still has all its tokens."""
         return len(self.groups) == 1 and self.groups[0].whole
 
-    # Which tokens go.
-
     def _reduce(self, index: int) -> None:
-        """Asks the reductions whose turn it is, all about the same tokens, and takes away what any of them drops."""
-        for reduction in self._reductions:
-            layer = index + reduction.lookahead
-            if (index > 0 or layer == 0) and self._asks(reduction, layer):
-                for group in self.groups:
-                    self._ask(reduction, group, layer)
-        verdicts = self._verdicts.pop(index, None)
-        if verdicts is not None:
-            self._apply(index, verdicts)
-
-    def _asks(self, reduction: Reduction, layer: int) -> bool:
-        allowed = self.spec.first <= layer <= self.spec.largest
-        return allowed and (reduction.layers is None or layer in reduction.layers)
-
-    @staticmethod
-    def _places(group: Group, reduction: Reduction) -> torch.Tensor:
-        """The samples of a group that a reduction may take something from."""
-        if reduction.admitted is None:
-            return group.reducible
-        admitted = reduction.admitted
-        return group.memo(lambda: group.reducible[admitted[group.samples[group.reducible]]], "admitted", reduction)
-
-    def _ask(self, reduction: Reduction, group: Group, layer: int) -> None:
-        places = self._places(group, reduction)
-        if len(places) == 0:
-            return
-        view = LayerView(group, places, layer, self.spec, self.attention.get(id(group)), self.vision)
-        keep = reduction.select(view)
-        if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.shape != view.shape:
-            raise ValueError(f"{type(reduction).__name__}.select() must return bool {list(view.shape)}")
-        update = reduction.update(view, keep)
-        if update is not None and self.spec.stream is not None:
-            raise ValueError(
-                f"{type(reduction).__name__} replaces states, and every token of {type(self.spec.decoder).__name__} "
-                "has several: choose a method that only drops tokens"
-            )
-        if update is not None and (reduction.lookahead or update.shape != view.hidden.shape):
-            raise ValueError(
-                f"{type(reduction).__name__}.update() must return states {list(view.hidden.shape)}, and needs the "
-                "states of the layer itself: leave lookahead at 0"
-            )
-        self._verdicts.setdefault(layer, []).append(Verdict(view, keep, update))
-
-    def _apply(self, index: int, verdicts: Sequence[Verdict]) -> None:
-        """Takes away what verdicts said, where they said anything."""
-        updates = [verdict for verdict in verdicts if verdict.update is not None]
-        if len({id(verdict.view.group) for verdict in updates}) < len(updates):
-            raise ValueError(f"two reductions replace states before decoder layer {index}: give them different layers")
-        for verdict in updates:
-            verdict.update_states()
-        said = [verdict for verdict in verdicts if verdict.takes()]
-        if not said:
-            return
-        parts: list[Group] = []
-        for group in self.groups:
-            keep = group.visual
-            for verdict in said:
-                keep = verdict.narrow(group, keep)
-            fewer, left = torch.stack([(group.visual & ~keep).any(1), keep.any(1)]).tolist()
-            if True in fewer:
-                self.exits[group.samples[torch.tensor(fewer) & ~torch.tensor(left)]] = index
-                parts += split(group, keep | group.staying, fewer, left)
-            else:
-                parts.append(group)
-        self.groups = regroup(parts)
+        """What goes before layer ``index``."""
+        self.groups = self.decisions.reduce(index, self.groups, self.attention, self.vision)
 
     def _note(self, groups: Sequence[Group]) -> None:
         self.counts.append([(g.samples, g.memo(lambda g=g: g.visual.sum(1), "count")) for g in groups])
