@@ -36,6 +36,8 @@ MATRIX_TESTS ?= $(CORE:%=tests/test_%.py)
 	$(@D)/bin/pip install --quiet -c $(@D)/constraints.txt transformers==$* accelerate peft pytest hypothesis -e .
 	@touch $@
 
+.PRECIOUS: .matrix/%/installed
+
 test-matrix: $(VERSIONS:%=matrix-%)  ## the core's tests on every version of transformers, or VERSIONS="4.57.6 5.19.0"
 
 matrix-%: .matrix/%/installed
