@@ -14,7 +14,8 @@ from dyvte.runtime import (
     reduce_tokens,
     visual_exit,
 )
-from dyvte.training.trace import Trace, trace_batch
+from dyvte.training.trace import trace_batch
+from dyvte.training.trace_pass import Trace
 from dyvte.version import __version__
 
 __all__ = [

@@ -182,7 +182,7 @@ def test_logits_may_be_made_in_parts(labels, monkeypatch):
         inputs.pop("labels")
     whole, widths = dyvte.trace_batch(model, inputs), []
     model.lm_head.register_forward_hook(lambda module, args, output: widths.append(output.shape[:2].numel()))
-    monkeypatch.setattr("dyvte.training.trace.LOGITS_AT_ONCE", 4 * 4 * 100)
+    monkeypatch.setattr("dyvte.training.trace_pass.LOGITS_AT_ONCE", 4 * 4 * 100)
     parts = dyvte.trace_batch(model, inputs)
     assert len(widths) > 1 and max(widths) <= 4
     for field in dataclasses.fields(whole):
@@ -197,7 +197,7 @@ def test_a_head_that_depends_on_its_place_is_refused(monkeypatch):
         return output * len(calls)
 
     model.lm_head.register_forward_hook(drift)
-    monkeypatch.setattr("dyvte.training.trace.LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr("dyvte.training.trace_pass.LOGITS_AT_ONCE", 1)
     with pytest.raises(ValueError, match="gives other logits for a few rows"):
         dyvte.trace_batch(model, inputs)
 

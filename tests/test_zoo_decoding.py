@@ -66,7 +66,7 @@ def test_a_trace_whose_logits_are_made_in_parts(subject, monkeypatch):
     *_, needs = allowed_exits(subject)
     given = subject.inputs([subject.prompt(3, 5), subject.prompt(1, 9)])
     whole = dyvte.trace_batch(subject.model, given, **needs)
-    monkeypatch.setattr("dyvte.training.trace.LOGITS_AT_ONCE", 0)
+    monkeypatch.setattr("dyvte.training.trace_pass.LOGITS_AT_ONCE", 0)
     parts = dyvte.trace_batch(subject.model, given, **needs)
     torch.testing.assert_close(parts.nll, whole.nll, equal_nan=True)
     torch.testing.assert_close(parts.state, whole.state)

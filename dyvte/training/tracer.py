@@ -11,7 +11,8 @@ from torch import nn
 from dyvte.data import GREEDY, Sample, encode
 from dyvte.runtime.decoder import visual_tokens
 from dyvte.runtime.locate import underlying_model
-from dyvte.training.trace import TraceError, trace_batch
+from dyvte.training.trace import trace_batch
+from dyvte.training.trace_pass import TraceError
 
 ANSWERS = ("dense", "dataset")
 

@@ -1,0 +1,216 @@
+"""The pass of a trace: nobody leaves, and branches are born beside the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dyvte.runtime.decoder import DecoderSpec
+from dyvte.runtime.groups import Group
+from dyvte.runtime.placement import shared_by_ranks
+from dyvte.runtime.prefill import PromptPass
+from dyvte.runtime.prompt import Prompt
+from dyvte.runtime.tokens import KeptTokens
+from dyvte.training.trace_head import TraceHead
+
+LOGITS_AT_ONCE = 256 * 2**20  # bytes of logits, in float32
+
+
+class TraceError(ValueError):
+    """Samples of a batch that cannot be traced.
+
+    Attributes:
+        rows: which of the batch.
+        reason: what is wrong with them, and the remedy.
+    """
+
+    def __init__(self, rows: Sequence[int], reason: str):
+        super().__init__(rows, reason)
+        self.rows, self.reason = list(rows), reason
+
+    def __str__(self) -> str:
+        return f"samples {self.rows} have {self.reason}"
+
+
+@dataclass
+class Trace:
+    """What one pass teaches. Column e - 1 stands for exit layer e = 1 ... L; e = L is the dense model itself.
+
+    Where an exit was not traced (see ``exits`` of :func:`trace_batch`), or the model does not allow it, agreement is 0
+    and the other figures are NaN.
+
+    Attributes:
+        state: float32 [batch, L, 2d], the text state after every layer (``Prompt.reader``).
+        visual: float32 [batch, d], the mean of the visual tokens before the first layer.
+        agreement: float32 [batch, L], the share of answer tokens whose most likely token is the dense model's.
+        nll: float32 [batch, L], negative log-likelihood of the answer, nats per token.
+        kl: float32 [batch, L], KL(exit || dense) of the next token at the last prompt position, nats (the criterion of
+            VTW, arXiv 2405.05803).
+        dense_nll: float32 [batch].
+    """
+
+    state: torch.Tensor
+    visual: torch.Tensor
+    agreement: torch.Tensor
+    nll: torch.Tensor
+    kl: torch.Tensor
+    dense_nll: torch.Tensor
+
+    def to(self, device: str | torch.device) -> Trace:
+        return Trace(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+class TracePass(PromptPass):
+    """A pass in which nobody leaves, and branches are born beside the batch."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        prompt: Prompt,
+        hidden: torch.Tensor,
+        cache: Any,
+        past: torch.Tensor,
+        labels: torch.Tensor | None,
+        exits: Sequence[int],
+    ):
+        answer = None if labels is None else (labels.to(prompt.visual.device) != -100) & prompt.valid
+        prompt = Prompt.from_masks(prompt.visual, prompt.valid, answer)
+        super().__init__(spec, prompt, hidden, cache, past)
+        self.exits = exits
+        refuse_without_image(prompt.can_leave)
+        self.text = KeptTokens.from_mask(prompt.text)
+        self.reads = KeptTokens.from_mask(self._predicting())
+        self.targets: torch.Tensor | None = None
+        if labels is not None:
+            self.targets = labels.to(self.reads.index.device).gather(
+                1, (self.reads.index + 1).clamp(max=self.length - 1)
+            )
+        self.visual = prompt.visual_state(spec.read(hidden))
+        self.states: list[torch.Tensor] = []
+        self.rows: torch.Tensor | None = None  # [exits + 1, batch, reads, d]: branch by branch, the dense model last
+
+    def _predicting(self) -> torch.Tensor:
+        """bool [batch, sequence], the tokens whose logits matter: those before the answer's; the last prompt token."""
+        answer, last = self.prompt.answer, self.prompt.tail.index[:, -1:]
+        column = torch.arange(self.length, device=last.device)
+        if answer is None:
+            return column == last
+        if not bool(answer.any(1).all()):
+            raise TraceError(_rows(~answer.any(1)), "no answer tokens: labels are -100 everywhere")
+        predicts = F.pad(answer[:, 1:], (0, 1))
+        if bool((predicts & (column < last)).any()):
+            raise ValueError("labels stand before the end of the prompt: only the last answer can be traced")
+        return predicts
+
+    def _reduce(self, index: int) -> None:
+        """After ``index`` layers: reads the text states, and lets a branch be born."""
+        main = self.groups[0]
+        if index > 0:
+            self.states.append(self.prompt.reader(self.spec.read(main.hidden)))
+        if index not in self.exits:
+            return
+        rows, branches = self.text.gather(main.hidden), 1
+        if len(self.groups) > 1:
+            rows = torch.cat([self.groups[1].hidden.to(rows.device), rows])
+            branches = len(rows) // self.batch
+        samples = torch.arange(self.batch).repeat(branches)
+        tokens = KeptTokens(self.text.index.repeat(branches, 1), self.text.valid.repeat(branches, 1), self.text.ragged)
+        branch = Group(self.prompt, samples, tokens, rows, samples[:0], None)
+        self.groups = [main, branch]
+
+    def _full(self) -> torch.Tensor:
+        """The rows that matter, for the model's own norm and head; too many of them are left for later."""
+        main = self.groups[0]
+        self.states.append(self.prompt.reader(self.spec.read(main.hidden)))
+        dense = self.reads.gather(main.hidden)
+        rows = [dense[None]]
+        if len(self.groups) > 1:
+            branch = self.groups[1]
+            place = self.text.places(self.length).gather(1, self.reads.index)
+            count = len(branch.hidden) // self.batch
+            row = torch.arange(len(branch.hidden), device=branch.hidden.device)[:, None]
+            read = branch.hidden[row, place.to(branch.hidden.device).repeat(count, 1)]
+            rows.insert(0, read.unflatten(0, (count, self.batch)).to(dense.device))
+        self.rows = torch.cat(rows)
+        whole = self._few(self.rows)
+        return self.rows.flatten(0, 1) if whole else dense[torch.arange(self.batch), self._first][:, None]
+
+    def _check_finite(self, hidden: torch.Tensor) -> None:
+        """States and logits are looked at when the trace is finished."""
+
+    def _few(self, rows: torch.Tensor) -> bool:
+        """Whether all logits are made at once; always so where other ranks, with other rows, share the head."""
+        if not _has_head(self.spec.model) or shared_by_ranks(head := self.spec.model.get_output_embeddings()):
+            return True
+        vocabulary = head.weight.shape[0]
+        return rows.shape[:-1].numel() * vocabulary * 4 <= LOGITS_AT_ONCE
+
+    @property
+    def _first(self) -> torch.Tensor:
+        """long [batch], which read is at the last prompt token."""
+        return (~self.reads.valid).sum(1)
+
+    def finish(self, logits: torch.Tensor) -> Trace:
+        """From logits of the model's own pass: all of them [(exits + 1) * batch, reads, vocabulary], or the first."""
+        valid = self.reads.valid.to(logits.device)
+        first, sample = self._first.to(logits.device), torch.arange(self.batch, device=logits.device)
+        count, branches = valid.sum(1), len(self.rows)
+        head = TraceHead(self.spec, self.rows, logits, first, self.returns_tuple)
+        dense = head(branches - 1).log_softmax(-1)
+        choice, dense_next = dense.argmax(-1), dense[sample, first]
+        targets = choice if self.targets is None else self.targets.to(logits.device)
+        targets = targets.where(valid, 0)
+
+        def mean(values: torch.Tensor) -> torch.Tensor:
+            return (values * valid).sum(1) / count
+
+        layers = self.spec.num_layers
+        agreement = torch.zeros(self.batch, layers, device=logits.device)
+        nll, kl = torch.full_like(agreement, torch.nan), torch.full_like(agreement, torch.nan)
+        for branch, layer in enumerate([*self.exits, layers]):
+            log_p = dense if branch == branches - 1 else head(branch).log_softmax(-1)
+            self._refuse_unfinite(log_p, valid, layer)
+            agreement[:, layer - 1] = mean((log_p.argmax(-1) == choice).float())
+            nll[:, layer - 1] = mean(-log_p.gather(-1, targets[..., None]).squeeze(-1))
+            divergence = F.kl_div(dense_next, log_p[sample, first], reduction="none", log_target=True).sum(-1)
+            kl[:, layer - 1] = divergence.clamp(min=0)
+            infinite = ~nll[:, layer - 1].isfinite()
+            if bool(infinite.any()):
+                raise TraceError(_rows(infinite), f"an answer of infinite loss with exit layer {layer}: {_REMEDY}")
+        state = torch.stack([state.to(logits.device) for state in self.states], 1)
+        if not bool(state.isfinite().all()):
+            raise TraceError(_rows(~state.isfinite().flatten(1).all(1)), f"text states that are not finite: {_REMEDY}")
+        if not bool(self.visual.isfinite().all()):
+            raise TraceError(_rows(~self.visual.isfinite().all(1)), f"visual tokens that are not finite: {_REMEDY}")
+        return Trace(state, self.visual.to(logits.device), agreement, nll, kl, nll[:, -1])
+
+    @staticmethod
+    def _refuse_unfinite(log_p: torch.Tensor, valid: torch.Tensor, layer: int) -> None:
+        bad = log_p.isnan().any(-1) & valid
+        if bool(bad.any()):
+            raise TraceError(_rows(bad.any(1)), f"logits that are NaN with exit layer {layer}: {_REMEDY}")
+
+
+_REMEDY = "load the model in bfloat16 or float32 (float16 overflows in some models), or leave them out"
+
+
+def refuse_without_image(fine: torch.Tensor) -> None:
+    if not bool(fine.all()):
+        raise TraceError(
+            _rows(~fine),
+            "no visual tokens, or no prompt text after them: an exit means nothing there, leave them out of the trace",
+        )
+
+
+def _has_head(model: nn.Module) -> bool:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return getattr(head, "weight", None) is not None
+
+
+def _rows(marked: torch.Tensor) -> list[int]:
+    return marked.nonzero().flatten().tolist()
