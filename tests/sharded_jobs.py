@@ -10,7 +10,7 @@ import torch
 from models import LAYERS, batch_of, prompt
 
 import dyvte
-import dyvte.training.trace
+import dyvte.training.trace_pass
 
 # Ranks differ in everything: their prompts, the exit layers of their samples, how much they generate.
 PROMPTS = ([(3, 5), (1, 9)], [(6, 4), (2, 5)])
@@ -80,7 +80,7 @@ def trace(model: Any, rank: int) -> dict[str, torch.Tensor]:
 
 def trace_in_parts(model: Any, rank: int) -> dict[str, torch.Tensor]:
     """The logits of one rank are too many to be made at once."""
-    with mock.patch.object(dyvte.training.trace, "LOGITS_AT_ONCE", 0 if rank else 2**20):
+    with mock.patch.object(dyvte.training.trace_pass, "LOGITS_AT_ONCE", 0 if rank else 2**20):
         return trace(model, rank)
 
 

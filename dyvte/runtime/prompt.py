@@ -73,6 +73,8 @@ class Prompt:
         """
         staying = self.text.clone()
         staying[:, -1] |= ~self.visual[:, -1]
+        if self.answer is not None:  # guesses follow the prompt, and its own last column is read, too
+            staying[:, :-1] |= self.answer[:, 1:] & ~self.answer[:, :-1] & ~self.visual[:, :-1]
         return staying
 
     def visual_state(self, embeddings: torch.Tensor) -> torch.Tensor:
