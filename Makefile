@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test test-matrix fuzz lint reproduce reference-mllm traces heads evaluation collect studies figures benchmarks clean
+.PHONY: help demo test test-matrix test-sharded fuzz lint reproduce reference-mllm traces heads evaluation collect studies figures benchmarks clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -46,8 +46,15 @@ matrix-%: .matrix/%/installed
 lint: $(VENV)/installed      ## style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-fuzz: $(VENV)/installed      ## 2,000 random cases of family, padding, images, exits and decoding
-	DYVTE_FUZZ_CASES=2000 $(BIN)/python -m pytest -q tests/test_fuzz.py
+fuzz: $(VENV)/installed      ## 5,000 random cases each of exits and of schedules: family, padding, images, decoding, turns
+	DYVTE_FUZZ_CASES=5000 $(BIN)/python -m pytest -q tests/test_fuzz.py
+
+# DeepSpeed compiles a communication operation when it first starts; a folder of our own, so that no lock is left over.
+test-sharded: $(VENV)/installed  ## models over two ranks, ZeRO-3 among them (installs DeepSpeed, takes minutes)
+	$(BIN)/pip install --quiet -c constraints.txt setuptools ninja
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation deepspeed
+	PATH=$(CURDIR)/$(BIN):$$PATH DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/.matrix/extensions \
+		$(BIN)/python -m pytest -q tests/test_sharded.py
 
 reproduce: traces heads evaluation collect  ## from the shipped MLLM: traces, heads, evaluation, figures
 

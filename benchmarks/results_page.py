@@ -127,7 +127,16 @@ def trace_cost(result: dict[str, Any]) -> list[str]:
         ["labels per dense forward, trace", f"{labels['trace_flops']:.1f}", f"{labels['trace_time']:.1f}"],
         ["labels per dense forward, original", f"{labels['original_flops']:.2f}", f"{labels['original_time']:.2f}"],
     ]
-    return ["## What a trace costs", "", f"{result['decoder']}.", *grid(["", "by FLOPs", "by time"], rows)]
+    long = result["long_text"]
+    return [
+        "## What a trace costs",
+        "",
+        f"{result['decoder']}. With {long['text_tokens']} text tokens all exits take "
+        f"{long['all_exits_dense_forwards_by_flops']:.1f} dense forwards by FLOPs, every "
+        f"{long['stride']}th exit (`exits={long['stride']}`) {long['dense_forwards_by_flops']:.1f}. Logits of more "
+        "than 256 MB are made sample by sample.",
+        *grid(["", "by FLOPs", "by time"], rows),
+    ]
 
 
 def ranged(result: dict[str, Any], name: str) -> str:

@@ -75,6 +75,10 @@ def main() -> None:
         "original_step_flops": statistics.mean(counted[f"original_{i}"] for i in at) / counted["dense"],
         "original_step_time": statistics.mean(took[f"original_{i}"] for i in at) / took["dense"],
     }
+    long_inputs, long_visual = prompt(model, after=565)  # 600 text tokens
+    long_dense = flops(lambda: eager(**long_inputs, use_cache=False, logits_to_keep=1))
+    every_fourth = flops(lambda: dyvte.trace_batch(eager, long_inputs, visual_mask=long_visual, exits=4))
+    every = flops(lambda: dyvte.trace_batch(eager, long_inputs, visual_mask=long_visual))
     labels = layers - 1  # exits that differ from the dense model
     record(
         "trace_cost",
@@ -92,6 +96,12 @@ def main() -> None:
             "times_as_many_labels": {
                 "same_flops": labels / in_dense["trace_flops"] * in_dense["original_step_flops"],
                 "same_time": labels / in_dense["trace_time"] * in_dense["original_step_time"],
+            },
+            "long_text": {
+                "text_tokens": 600,
+                "stride": 4,
+                "dense_forwards_by_flops": every_fourth / long_dense,
+                "all_exits_dense_forwards_by_flops": every / long_dense,
             },
             "median_seconds": took,
         },

@@ -10,7 +10,7 @@ from models import LAYERS, tiny_llava
 
 from dyvte.heads import ExitHeads
 from dyvte.heads.risk import boldest_safe
-from dyvte.methods.exits import LearnedExit
+from dyvte.methods.learned import LearnedExit
 from dyvte.training.calibrate import (
     calibrate,
     clopper_pearson,

@@ -24,7 +24,7 @@ from dyvte.cli.main import make_policies
 from dyvte.data import Sample, image_digest, sample_digest
 from dyvte.heads import ExitHeads
 from dyvte.identity import model_fingerprint, processor_fingerprint
-from dyvte.methods.exits import LearnedExit
+from dyvte.methods.learned import LearnedExit
 from dyvte.training.calibrate import calibrate, exits_at
 from dyvte.training.fit import FitSettings, fit_heads, probability_of, quality
 from dyvte.training.held_out import check_held_out

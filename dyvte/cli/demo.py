@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from dyvte.data import GREEDY, Sample, encode, load_samples, scenes
 from dyvte.evaluation.costs import prefill_flops
 from dyvte.heads import ExitHeads
-from dyvte.methods.exits import LearnedExit
+from dyvte.methods.learned import LearnedExit
 from dyvte.provenance import write_json
 from dyvte.runtime import visual_exit
 from dyvte.training.tracer import prompt_lengths

@@ -3,13 +3,14 @@
 from dyvte.methods.aki import AKI
 from dyvte.methods.divprune import DivPrune
 from dyvte.methods.downsample import Downsample
-from dyvte.methods.exits import ExitPolicy, FixedExit, LearnedExit, NeverExit, RandomExit
+from dyvte.methods.exits import ExitPolicy, FixedExit, NeverExit, RandomExit
 from dyvte.methods.fastv import FastV
 from dyvte.methods.folder import Folder
 from dyvte.methods.fopru import FoPru
 from dyvte.methods.himap import HiMAP
 from dyvte.methods.ima import SkipComputations
 from dyvte.methods.image_text_interaction import ImageTextInteraction
+from dyvte.methods.learned import LearnedExit
 from dyvte.methods.mod import MoD
 from dyvte.methods.par import PAR
 from dyvte.methods.random_pruning import RandomPruning

@@ -23,11 +23,16 @@ class TraceHead:
         if self.given is None:
             self._check(logits, first)
 
-    def __call__(self, branch: int) -> torch.Tensor:
-        """float32 [batch, reads, vocabulary]"""
+    def parts(self) -> list[torch.Tensor]:
+        """Which samples to ask for at once: all, or one after the other where their logits would be too large."""
+        everyone = torch.arange(self.rows.shape[1])
+        return [everyone] if self.given is not None else list(everyone[:, None])
+
+    def __call__(self, branch: int, samples: torch.Tensor) -> torch.Tensor:
+        """float32 [n, reads, vocabulary]"""
         if self.given is not None:
-            return self.given[branch].float()
-        return torch.cat([self._run(rows[None]).float() for rows in self.rows[branch]])
+            return self.given[branch, samples].float()
+        return self._run(self.rows[branch, samples.to(self.rows.device)]).float()
 
     def _run(self, rows: torch.Tensor) -> torch.Tensor:
         """What the model makes of the output of its last layer: its layers are passed by."""

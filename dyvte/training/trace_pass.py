@@ -157,31 +157,15 @@ class TracePass(PromptPass):
 
     def finish(self, logits: torch.Tensor) -> Trace:
         """From logits of the model's own pass: all of them [(exits + 1) * batch, reads, vocabulary], or the first."""
-        valid = self.reads.valid.to(logits.device)
-        first, sample = self._first.to(logits.device), torch.arange(self.batch, device=logits.device)
-        count, branches = valid.sum(1), len(self.rows)
-        head = TraceHead(self.spec, self.rows, logits, first, self.returns_tuple)
-        dense = head(branches - 1).log_softmax(-1)
-        choice, dense_next = dense.argmax(-1), dense[sample, first]
-        targets = choice if self.targets is None else self.targets.to(logits.device)
-        targets = targets.where(valid, 0)
-
-        def mean(values: torch.Tensor) -> torch.Tensor:
-            return (values * valid).sum(1) / count
-
+        head = TraceHead(self.spec, self.rows, logits, self._first.to(logits.device), self.returns_tuple)
         layers = self.spec.num_layers
         agreement = torch.zeros(self.batch, layers, device=logits.device)
         nll, kl = torch.full_like(agreement, torch.nan), torch.full_like(agreement, torch.nan)
-        for branch, layer in enumerate([*self.exits, layers]):
-            log_p = dense if branch == branches - 1 else head(branch).log_softmax(-1)
-            self._refuse_unfinite(log_p, valid, layer)
-            agreement[:, layer - 1] = mean((log_p.argmax(-1) == choice).float())
-            nll[:, layer - 1] = mean(-log_p.gather(-1, targets[..., None]).squeeze(-1))
-            divergence = F.kl_div(dense_next, log_p[sample, first], reduction="none", log_target=True).sum(-1)
-            kl[:, layer - 1] = divergence.clamp(min=0)
-            infinite = ~nll[:, layer - 1].isfinite()
-            if bool(infinite.any()):
-                raise TraceError(_rows(infinite), f"an answer of infinite loss with exit layer {layer}: {_REMEDY}")
+        for samples in head.parts():
+            measured = self._measure(head, samples.to(logits.device))
+            columns = torch.tensor([*self.exits, layers], device=logits.device) - 1
+            for figure, values in zip((agreement, nll, kl), measured):
+                figure[samples.to(logits.device)[:, None], columns] = values
         state = torch.stack([state.to(logits.device) for state in self.states], 1)
         if not bool(state.isfinite().all()):
             raise TraceError(_rows(~state.isfinite().flatten(1).all(1)), f"text states that are not finite: {_REMEDY}")
@@ -189,11 +173,38 @@ class TracePass(PromptPass):
             raise TraceError(_rows(~self.visual.isfinite().all(1)), f"visual tokens that are not finite: {_REMEDY}")
         return Trace(state, self.visual.to(logits.device), agreement, nll, kl, nll[:, -1])
 
+    def _measure(self, head: TraceHead, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Agreement, NLL and KL of some samples: float32 [n, exits + 1] each, the dense model last."""
+        device = samples.device
+        valid, first = self.reads.valid.to(device)[samples], self._first.to(device)[samples]
+        row, count = torch.arange(len(samples), device=device), valid.sum(1)
+        dense = head(len(self.rows) - 1, samples).log_softmax(-1)
+        choice, dense_next = dense.argmax(-1), dense[row, first]
+        targets = choice if self.targets is None else self.targets.to(device)[samples]
+        targets = targets.where(valid, 0)
+
+        def mean(values: torch.Tensor) -> torch.Tensor:
+            return (values * valid).sum(1) / count
+
+        agreement, nll, kl = [], [], []
+        for branch, layer in enumerate([*self.exits, self.spec.num_layers]):
+            log_p = dense if branch == len(self.rows) - 1 else head(branch, samples).log_softmax(-1)
+            self._refuse_unfinite(log_p, valid, samples, layer)
+            agreement.append(mean((log_p.argmax(-1) == choice).float()))
+            nll.append(mean(-log_p.gather(-1, targets[..., None]).squeeze(-1)))
+            divergence = F.kl_div(dense_next, log_p[row, first], reduction="none", log_target=True).sum(-1)
+            kl.append(divergence.clamp(min=0))
+            infinite = ~nll[-1].isfinite()
+            if bool(infinite.any()):
+                rows = samples[infinite].tolist()
+                raise TraceError(rows, f"an answer of infinite loss with exit layer {layer}: {_REMEDY}")
+        return torch.stack(agreement, 1), torch.stack(nll, 1), torch.stack(kl, 1)
+
     @staticmethod
-    def _refuse_unfinite(log_p: torch.Tensor, valid: torch.Tensor, layer: int) -> None:
-        bad = log_p.isnan().any(-1) & valid
+    def _refuse_unfinite(log_p: torch.Tensor, valid: torch.Tensor, samples: torch.Tensor, layer: int) -> None:
+        bad = (log_p.isnan().any(-1) & valid).any(1)
         if bool(bad.any()):
-            raise TraceError(_rows(bad.any(1)), f"logits that are NaN with exit layer {layer}: {_REMEDY}")
+            raise TraceError(samples[bad].tolist(), f"logits that are NaN with exit layer {layer}: {_REMEDY}")
 
 
 _REMEDY = "load the model in bfloat16 or float32 (float16 overflows in some models), or leave them out"
