@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import INCONSISTENT
 from models import IMAGE_ID, batch_of, masked_visual_columns, prompt, tiny_llava
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -91,9 +90,3 @@ def draft() -> LlamaForCausalLM:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=100, pad_token_id=0, **sizes)).eval().double()
     model.generation_config.eos_token_id = None
     return model
-
-
-@pytest.mark.parametrize("family", INCONSISTENT.values(), ids=list(INCONSISTENT))
-def test_a_model_whose_answers_depend_on_its_cache_is_refused(family):
-    with dyvte.visual_exit(family.build("eager"), dyvte.FixedExit(2)), pytest.raises(ValueError, match="window of 12"):
-        family.build("eager").generate(**family.batch([3, "image", 9]), max_new_tokens=3)

@@ -12,7 +12,7 @@ from transformers import Cache
 from dyvte.runtime.arguments import LENGTHS, MASK, SHARED_STATES, compact_argument
 from dyvte.runtime.decoder import DecoderSpec
 from dyvte.runtime.kinds import LayerKind
-from dyvte.runtime.masks import check_mask, check_window, compact_mask, continued_mask, select_mask
+from dyvte.runtime.masks import check_mask, compact_mask, continued_mask, select_mask
 from dyvte.runtime.prompt import Prompt, TextReader
 from dyvte.runtime.tokens import KeptTokens
 
@@ -152,7 +152,6 @@ class Group:
             mask = select_mask(mask, self.samples, self.prompt.shape[0])
             before = held.rows(self.samples_on(held.index.device))
             return continued_mask(mask, self.tokens, before, past, kind, spec.config)
-        check_window(mask, kind, self.prompt.text)
         if self.whole:
             return select_mask(mask, self.samples, self.prompt.shape[0])
         return compact_mask(mask, self.samples, self.tokens, kind, spec.config, self.hidden)

@@ -32,32 +32,6 @@ def check_mask(mask: Mask) -> None:
         )
 
 
-def check_window(mask: Mask, kind: LayerKind, text: torch.Tensor) -> None:
-    """Raises ``ValueError`` where a model shows a sliding layer more than its window.
-
-    Its cache forgets what is outside all the same (PaliGemma 2 up to transformers 5.0): then it answers otherwise with
-    a cache than without, and there is no telling which of the two an exit should keep.
-
-    Args:
-        mask: as the layer got it for full rows.
-        kind: of the layer.
-        text: bool [batch, sequence], the text tokens; image blocks may be seen as a whole.
-    """
-    windowed = kind.name == "sliding_attention" and kind.span is not None
-    if not windowed or not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[-1] <= kind.span:
-        return
-    column = torch.arange(mask.shape[-1], device=mask.device)
-    outside = column <= column[-mask.shape[2] :, None] - kind.span
-    rows = text.to(mask.device) if len(mask) == len(text) else text.to(mask.device).all(0)[None]
-    shown = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
-    if bool((shown & outside & rows[:, -mask.shape[2] :, None] & rows[:, None, :]).any()):
-        raise ValueError(
-            f"the model's mask of a sliding layer shows tokens outside its window of {kind.span}, which its cache will "
-            "forget: its answers depend on whether it is cached. Use a version of transformers that masks windows, "
-            "prompts that fit the window, or the model without the exit"
-        )
-
-
 def select_mask(mask: Mask, samples: torch.Tensor, batch: int) -> Mask:
     """The rows of some samples of the batch; a mask for all samples alike stays as it is."""
     if isinstance(mask, torch.Tensor) and len(mask) == batch > 1:
