@@ -93,7 +93,7 @@ reference-mllm: $(VENV)/installed  ## train the reference MLLM from nothing (abo
 	$(BIN)/python train/reference_mllm.py --stages report
 
 benchmarks: $(VENV)/installed ## measure the costs of tracing and exiting on this machine
-	for name in trace_cost prefill stages; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in trace_cost prefill stages small_costs; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:           ## remove the environments and runs
 	rm -rf $(VENV) .matrix runs

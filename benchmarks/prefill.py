@@ -13,10 +13,7 @@ kept (see shapes.py).
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
-from unittest import mock
 
 import matplotlib
 import torch
@@ -30,7 +27,6 @@ from shapes import (
     prompt,
     record,
     seconds,
-    timed,
     timed_by_layer,
 )
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,7 +34,6 @@ from transformers import LlamaForCausalLM
 
 import dyvte
 from dyvte.evaluation.costs import prefill_flops
-from dyvte.runtime.prefill import PromptPass
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -77,23 +72,6 @@ def run_under(model, inputs, visual, policy):
             return timed_by_layer(model, lambda: model(**inputs, logits_to_keep=1))
 
     return run
-
-
-def deciding(model, inputs, visual, policy, repeats: int) -> float:
-    """Seconds that a prompt spends on asking and parting samples, between its layers: the median over runs."""
-    spent: list[float] = []
-    reduce = PromptPass._reduce
-
-    def timed_reduce(run: PromptPass, index: int) -> None:
-        began = time.perf_counter()
-        reduce(run, index)
-        spent[-1] += time.perf_counter() - began
-
-    with mock.patch.object(PromptPass, "_reduce", timed_reduce), dyvte.visual_exit(model, policy, visual_mask=visual):
-        for _ in range(repeats):
-            spent.append(0.0)
-            model(**inputs, logits_to_keep=1)
-    return statistics.median(spent)
 
 
 def flops_of(model, inputs, visual, exits) -> int:
@@ -141,11 +119,9 @@ def single(
         def over_fixed(of: dict, name: str = learned, fixed=fixed) -> float:
             return seconds(of[name]) / seconds(of[fixed])
 
-        asked, known = (deciding(model, inputs, visual, policies[name], 9) for name in (learned, fixed))
         rows.append(
             {
                 "exit_layer": e,
-                "learned_over_fixed_in_place": 1 + (asked - known) / seconds(laps[fixed]),
                 "flops_saved": saved_flops,
                 "time_saved": 1 - seconds(laps[fixed]) / seconds(laps["dense"]),
                 "time_saved_over_flops_saved": time_over_flops(laps),
@@ -217,37 +193,6 @@ def mixed_work(model: LlamaForCausalLM, eager: LlamaForCausalLM, exits: list[int
     return {"exits": exits, "flops_over_sum_alone": together / apart, "cache_over_sum_alone": held / needed}
 
 
-def ragged_decoding(model: LlamaForCausalLM, repeats: int) -> dict:
-    """What a cache without padding would cost: a decoding step of 8 samples as two groups, each with its own width.
-
-    Every group reads all weights again, which is what a step on a CPU mostly does.
-    """
-    token = prompt(model, 8, visual=0, before=0, after=1)[0]["inputs_embeds"]
-
-    def step(rows: slice):
-        inputs = {"inputs_embeds": prompt(model, 8)[0]["inputs_embeds"][rows]}
-        cache = model(**inputs, logits_to_keep=1).past_key_values
-
-        def run():
-            model(inputs_embeds=token[rows], past_key_values=cache)
-            cache.crop(-1)
-
-        return run
-
-    one, halves = step(slice(None)), [step(slice(0, 4)), step(slice(4, 8))]
-    runs = {"one": lambda: timed(one), "two": lambda: timed(lambda: [half() for half in halves])}
-    laps = alternate(runs, repeats, warmup=2)
-
-    def ratio(of: dict) -> float:
-        return seconds(of["two"]) / seconds(of["one"])
-
-    return {
-        "rounds": repeats,
-        "two_groups_over_one": ratio(laps),
-        "two_groups_over_one_interval": interval(ratio, laps),
-    }
-
-
 def draw(result: dict, name: str) -> None:
     figure, axis = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
     for case, colour in zip(result["single"], ("#0072b2", "#d55e00", "#009e73", "#cc79a7")):
@@ -297,7 +242,6 @@ def main() -> None:
             for batch, tokens in cases
         ],
         "mixed": mixed,
-        "ragged_decoding": ragged_decoding(model, 41),
     }
     name = "prefill_gpu" if cuda else "prefill"
     record(name, result)

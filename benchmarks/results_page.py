@@ -184,11 +184,16 @@ def prefill(result: dict[str, Any]) -> list[str]:
     ]
     laps = "A run's time is the sum of the medians of its laps, one for every decoder layer, with memory kept. "
     laps = laps if "memory_kept" in mixed else ""
+    before = ""
+    if "runtime" in result:
+        before = (
+            f"Measured with the runtime of commit {result['runtime']}, which the last table compares with this one. "
+        )
     rounds = ", ".join(f"{case['rounds']} at batch {case['batch']}" for case in result["single"])
     return [
         "## Does saved work become saved time?",
         "",
-        f"{result['decoder']}; {result['hardware']}, {result['threads']} thread. Runs alternate in an order that is "
+        f"{before}{result['decoder']}; {result['hardware']}, {result['threads']} thread. Runs alternate in an order that is "
         f"drawn anew for every round ({rounds}); in brackets where a figure lies at 90 % confidence, by bootstrap over "
         f"the rounds. {laps}*At most* is time ÷ FLOPs of a prompt of the text alone: what a layer takes on so few rows "
         "sets it; what lies beyond it is noise. *Heads ÷ known exits* is what deciding costs; *in place* counts only "
@@ -204,10 +209,30 @@ def prefill(result: dict[str, Any]) -> list[str]:
         *grid(["time of 8 together ÷ of 8 alone", "with exits", "dense"], timed),
         "",
         f"Its cache holds {mixed['cache_over_sum_alone']:.2f} times what the samples need alone: rows of one layer "
-        "share a width. Without that padding a decoding step would run its groups apart and read all weights for each: "
-        f"two groups of 4 take {ranged(result['ragged_decoding'], 'two_groups_over_one')} of a step of 8.",
+        "share a width.",
         "",
         f"![prefill](../benchmarks/results/{'prefill' if 'CPU' in result['hardware'] else 'prefill_gpu'}.png)",
+    ]
+
+
+def small_costs(result: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            str(row["batch"]),
+            str(row["exit_layer"]),
+            f"{100 * row['asking_over_pass']:.1f} %",
+            f"{1000 * row['seconds']:.1f} ms",
+        ]
+        for row in result["asking"]
+    ]
+    return [
+        "## What heads cost in place, and a cache without padding",
+        "",
+        "Time between the layers with heads less that with known exits, of the whole pass (32 layers, 576 visual tokens).",
+        *grid(["batch", "exit layer", "of the pass", "in all"], rows),
+        "",
+        "A cache in which every sample holds its own tokens only would decode its groups apart, and read all weights for "
+        f"each: two groups of 4 take {ranged(result['ragged_decoding'], 'two_groups_over_one')} of a step of 8.",
     ]
 
 
@@ -249,6 +274,7 @@ SECTIONS = {
     "prefill": prefill,
     "prefill_gpu": prefill,
     "stages": stages,
+    "small_costs": small_costs,
     "runtimes": runtimes,
 }
 
