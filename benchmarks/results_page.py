@@ -193,8 +193,8 @@ def prefill(result: dict[str, Any]) -> list[str]:
     return [
         "## Does saved work become saved time?",
         "",
-        f"{before}{result['decoder']}; {result['hardware']}, {result['threads']} thread. Runs alternate in an order that is "
-        f"drawn anew for every round ({rounds}); in brackets where a figure lies at 90 % confidence, by bootstrap over "
+        f"{before}{result['decoder']}; {result['hardware']}, {result['threads']} thread. Runs alternate in an order "
+        f"that is drawn anew for every round ({rounds}); in brackets where a figure lies at 90 % confidence, by bootstrap over "
         f"the rounds. {laps}*At most* is time ÷ FLOPs of a prompt of the text alone: what a layer takes on so few rows "
         "sets it; what lies beyond it is noise. *Heads ÷ known exits* is what deciding costs; *in place* counts only "
         "the time that is spent between the layers, where the heads are asked, and so is free of what else the machine "
@@ -228,11 +228,11 @@ def small_costs(result: dict[str, Any]) -> list[str]:
     return [
         "## What heads cost in place, and a cache without padding",
         "",
-        "Time between the layers with heads less that with known exits, of the whole pass (32 layers, 576 visual tokens).",
+        "Time between the layers with heads less that with known exits, of a pass of 32 layers and 576 visual tokens.",
         *grid(["batch", "exit layer", "of the pass", "in all"], rows),
         "",
-        "A cache in which every sample holds its own tokens only would decode its groups apart, and read all weights for "
-        f"each: two groups of 4 take {ranged(result['ragged_decoding'], 'two_groups_over_one')} of a step of 8.",
+        "A cache in which every sample holds its own tokens only would decode its groups apart, and read all weights "
+        f"for each: two groups of 4 take {ranged(result['ragged_decoding'], 'two_groups_over_one')} of a step of 8.",
     ]
 
 
