@@ -194,8 +194,8 @@ def prefill(result: dict[str, Any]) -> list[str]:
         "## Does saved work become saved time?",
         "",
         f"{before}{result['decoder']}; {result['hardware']}, {result['threads']} thread. Runs alternate in an order "
-        f"that is drawn anew for every round ({rounds}); in brackets where a figure lies at 90 % confidence, by bootstrap over "
-        f"the rounds. {laps}*At most* is time ÷ FLOPs of a prompt of the text alone: what a layer takes on so few rows "
+        f"that is drawn anew for every round ({rounds}); in brackets where a figure lies at 90 % confidence, by "
+        f"bootstrap over the rounds. {laps}*At most* is time ÷ FLOPs of a prompt of the text alone: what a layer takes on so few rows "
         "sets it; what lies beyond it is noise. *Heads ÷ known exits* is what deciding costs; *in place* counts only "
         "the time that is spent between the layers, where the heads are asked, and so is free of what else the machine "
         "did. The last column is the way of the original (eager attention that returns its maps, rows sliced off) over "
