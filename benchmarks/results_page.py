@@ -196,10 +196,10 @@ def prefill(result: dict[str, Any]) -> list[str]:
         f"{before}{result['decoder']}; {result['hardware']}, {result['threads']} thread. Runs alternate in an order "
         f"that is drawn anew for every round ({rounds}); in brackets where a figure lies at 90 % confidence, by "
         f"bootstrap over the rounds. {laps}*At most* is time ÷ FLOPs of a prompt of the text alone: what a layer takes "
-        "on so few rows sets it; what lies beyond it is noise. *Heads ÷ known exits* is what deciding costs; *in place* "
-        "counts only the time that is spent before the layers, where the heads are asked, and so is free of what else "
-        "the machine did. The last column is the way of the original (eager attention that returns its maps, rows sliced "
-        "off) over ours at the same exit layer, timed after the others in fewer rounds.",
+        "on so few rows sets it; what lies beyond it is noise. *Heads ÷ known exits* is what deciding costs; *in "
+        "place* counts only the time that is spent before the layers, where the heads are asked, and so is free of "
+        "what else the machine did. The last column is the way of the original (eager attention that returns its "
+        "maps, rows sliced off) over ours at the same exit layer, timed after the others in fewer rounds.",
         *grid(titles, rows),
         "",
         f"A batch of 8 that leaves at layers {mixed['exits']} costs {mixed['flops_over_sum_alone']:.3f} of the sum of "
