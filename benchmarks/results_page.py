@@ -254,11 +254,13 @@ def ranged_ratio(row: dict[str, Any]) -> str:
 
 
 def stages(result: dict[str, Any]) -> list[str]:
+    before = f"Measured with the runtime of commit {result['runtime']}. " if "runtime" in result else ""
     rows = [[name, f"{1000 * seconds:.1f} ms"] for name, seconds in result["median_seconds"].items()]
     return [
         "## Where the time of an answer goes",
         "",
-        f"The reference MLLM, a batch of {result['batch']}, one CPU thread; decoding per token of the batch. With "
+        before
+        + f"The reference MLLM, a batch of {result['batch']}, one CPU thread; decoding per token of the batch. With "
         f"exits (mean exit layer {result['mean_exit_layer']:.1f}) prefill takes {result['prefill_ratio']:.2f} of its "
         f"dense time, decoding {result['decode_ratio']:.2f}.",
         *grid(["stage", "median"], rows),
