@@ -533,6 +533,20 @@ FAMILIES = {
 }
 
 
+@functools.cache
+def takes_guesses(family: Family) -> bool:
+    """Whether transformers decodes its dense model by prompt lookup: up to 5.0 sliding caches cannot be cropped."""
+    inputs = family.batch([20])
+    inputs["input_ids"][:] = 7
+    try:
+        family.build("eager").generate(**inputs, max_new_tokens=4, do_sample=False, prompt_lookup_num_tokens=3)
+    except ValueError as error:
+        if "Cannot `crop`" not in str(error):
+            raise
+        return False
+    return True
+
+
 @torch.no_grad()
 def answers_alike_cached(family: Family) -> bool:
     """Whether a dense model answers alike with and without a cache."""

@@ -8,7 +8,7 @@ import accelerate
 import peft
 import pytest
 import torch
-from families import FAMILIES, LAYERS
+from families import FAMILIES, LAYERS, takes_guesses
 from models import CACHE, masked_visual_columns
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -76,6 +76,8 @@ def test_equal_to_the_definition(name, mode):
     if mode == "assisted":
         skip_unless_assisted(family.build("eager"), inputs)
     if mode == "prompt lookup":
+        if not takes_guesses(family):
+            pytest.skip("transformers itself cannot take guesses back here")
         ids = inputs["input_ids"]
         ids[(ids >= 3) & (ids < 80)] = 7  # repetitive, so that there is something to look up
     eager, exits = family.build("eager"), torch.tensor(exits)
