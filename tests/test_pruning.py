@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ from models import (
     PATCHES,
     batch_of,
     llama_config,
+    masked_columns,
     prompt,
     tiny_llama,
     tiny_llava,
@@ -32,33 +32,6 @@ from dyvte.runtime.locate import find_decoder
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 RAGGED = [prompt(3, 5, seed=1), prompt(1, 9, seed=2), prompt(6, 1, seed=3), prompt(2, 4, images=2, seed=4)]
 STEPS = 5
-
-
-@contextmanager
-def masked_columns(model, gone_from: torch.Tensor):
-    """The definition: in an eager model nothing sees column c in layers from ``gone_from[:, c]`` on, but itself.
-
-    Args:
-        gone_from: long [batch, prompt length].
-    """
-
-    def hook(index):
-        def before(module, args, kwargs):
-            mask = kwargs["attention_mask"]
-            gone = torch.zeros(len(gone_from), mask.shape[-1], dtype=torch.bool)
-            gone[:, : gone_from.shape[1]] = gone_from <= index
-            blocked = gone[:, None, None, :] & ~torch.eye(mask.shape[-1], dtype=torch.bool)[-mask.shape[2] :]
-            return args, kwargs | {"attention_mask": mask.masked_fill(blocked, torch.finfo(mask.dtype).min)}
-
-        return before
-
-    layers = find_decoder(model).layers
-    hooks = [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 def kept_columns(rule: FastV | RandomPruning, model, inputs, visual: torch.Tensor) -> torch.Tensor:
