@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -14,41 +14,12 @@ import torch.nn.functional as F
 from torchmetrics.functional.classification import binary_accuracy, binary_auroc, binary_calibration_error
 from tqdm.auto import tqdm
 
+from dyvte.config import FitSettings
 from dyvte.heads import ExitHeads, ExitHeadsConfig
 from dyvte.training.identity import IDENTITY
 from dyvte.training.store import TraceSet
 
 PART = 512  # traces read at a time
-
-
-@dataclass
-class FitSettings:
-    """How heads are trained.
-
-    Args:
-        form, width: see :class:`dyvte.ExitHeadsConfig`.
-        label_rule: see :func:`exit_labels`.
-        epochs, batch_size, lr, weight_decay: AdamW with cosine decay over shuffled traces.
-        dropout: of the text states.
-        lookahead: how many layers before an exit layer it is decided, see :class:`dyvte.ExitHeadsConfig`.
-        validation: share of the traces that choose the epoch; they train nothing.
-        guard: share of usual samples that the guard lets pass at each layer, see :class:`dyvte.ExitHeadsConfig`; None:
-            no guard. The published form has none.
-        seed: of the initial weights, the split and the order of the traces.
-    """
-
-    form: str = "shared"
-    width: int = 128
-    label_rule: str = "agreement"
-    epochs: int = 40
-    batch_size: int = 128
-    lr: float = 2e-3
-    weight_decay: float = 0.05
-    dropout: float = 0.3
-    lookahead: int = 0
-    validation: float = 0.15
-    guard: float | None = 0.99
-    seed: int = 0
 
 
 def exit_labels(traces: TraceSet, rule: str = "agreement") -> torch.Tensor:
