@@ -2,6 +2,8 @@
 
 from dyvte.heads import ExitHeads, ExitHeadsConfig
 from dyvte.methods import ExitPolicy, FastV, FixedExit, LearnedExit, NeverExit, RandomExit, RandomPruning
+from dyvte.methods.promised import load
+from dyvte.promise import Promise
 from dyvte.runtime import (
     Handle,
     LayerEdit,
@@ -29,6 +31,7 @@ __all__ = [
     "LayerView",
     "LearnedExit",
     "NeverExit",
+    "Promise",
     "RandomExit",
     "RandomPruning",
     "Reduction",
@@ -38,6 +41,7 @@ __all__ = [
     "__version__",
     "attach",
     "edit_layers",
+    "load",
     "reduce_tokens",
     "trace_batch",
     "visual_exit",
