@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dyvte.data import Sample
-from dyvte.provenance import atomic_path, atomic_write, claim, describe, differing, fingerprint, write_json
+from dyvte.provenance import atomic_path, atomic_write, claim, describe, differing, fingerprint, read_json, write_json
 
 PICTURE_SIDE = 320  # pixels
 
@@ -55,7 +55,10 @@ class ResultFolder:
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
             atomic_write(path, "".join(lines))
-        return {row["id"]: row for row in map(json.loads, lines)}
+        try:
+            return {row["id"]: row for row in map(json.loads, lines)}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it, and its rows are made again") from error
 
     @contextmanager
     def row_files(self, policies: Iterable[str]) -> Iterator[dict[str, TextIO]]:
@@ -79,7 +82,7 @@ class ResultFolder:
     def read_timing(self) -> dict[str, Any]:
         """Times by policy, as far as they were measured."""
         path = self.path / "timing.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(path, "remove it, and time is measured again") if path.exists() else {}
 
     def write_timing(self, timing: Mapping[str, Any]) -> None:
         write_json(self.path / "timing.json", timing)
