@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -15,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny_llava import LAYERS, save_tiny_llava
 
 from dyvte import ExitHeads, ExitHeadsConfig
+from dyvte.cli.faults import faults
 from dyvte.cli.main import main
+from dyvte.training.lock import one_run
 
 DATA = "data.scenes.split=dev data.scenes.n=4"
 MODEL = "model=$MLLM dtype=float32 max_new_tokens=2"
@@ -182,10 +186,10 @@ TRACED = [
     ("fit traces=$TMP/unit-flipped output=$OUT alpha=null", "units are damaged"),
     ("fit traces=$TMP/unit-missing output=$OUT alpha=null", "run `dyvte trace` again"),
     ("fit traces=$TMP/manifest-junk output=$OUT alpha=null", "units are damaged"),
-    ("fit traces=$TRACES output=$OUT", "a promise needs held-out traces"),
+    ("fit traces=$TRACES output=$OUT", "a promise needs held-out samples"),
     (f"{FIT} alpha=0.001", "cannot show a risk below 0.001"),
     (f"{FIT} alpha=0.5", "are those the heads were trained on"),
-    ("train traces=$TRACES output=$OUT", "a promise needs held-out traces"),
+    ("train traces=$TRACES output=$OUT", "a promise needs held-out samples"),
     ("train model=$MLLM data=d output=$OUT", "held_out"),
     (f"{TRACE} {DATA} output=$TRACES", "holds traces made otherwise"),
     (CALIBRATE, "needs heads=FOLDER"),
@@ -396,3 +400,64 @@ def test_faults_are_named_and_leave_nothing(line, fault, places, tmp_path, monke
     # A trace that stops at a sample has said what it is of, and goes on from there.
     started = {"provenance.json", "plan.json", "config.json"}
     assert {path.name for path in files(tmp_path)} <= started
+
+
+def test_a_disk_that_is_full(places, tmp_path, monkeypatch, capsys):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    heads, results = tmp_path / "heads", tmp_path / "results"
+    shutil.copytree(places["HEADS"], heads)
+    shutil.copytree(places["RESULTS"], results)
+    before = files(tmp_path)
+    monkeypatch.setattr("os.fsync", full)
+    for line in (
+        f"{TRACE} {DATA}",
+        f"{EVALUATE} {DATA} 'policies={{fixed: {{layer: 2}}}}'",
+        "report $RESULTS",
+        f"{CONVERT} weights=$TMP/gates.safetensors",
+        f"{CALIBRATE} policy=vtw vtw.first=1 output=$OUT/vtw.json",
+    ):
+        error = refused(line, places | {"OUT": tmp_path / "out", "RESULTS": results}, capsys)
+        assert "No space left on device" in error
+        half = {path.name for path in files(tmp_path).keys() - before.keys()}
+        assert not half & {"vtw.json", "report.html", "summary.json", "model.safetensors", "README.md"}, line
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+def test_two_runs_cannot_work_in_one_folder(places, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with one_run(tmp_path / "out", "another run"):
+        for line in (f"{TRACE} {DATA}", f"{EVALUATE} {DATA} 'policies={{fixed: {{layer: 2}}}}'"):
+            assert "is in use by another run" in refused(line, places | {"OUT": tmp_path / "out"}, capsys)
+
+
+def test_dollars_and_tags_in_questions(places, tmp_path, capsys):
+    """And ids that are there twice, which are told apart."""
+    questions = ["Costs $5 or $6?", "What is $x_{$?", "<script>alert(1)</script> $$", "100 % \\ of \u2028 {it}?"]
+    rows = [{"id": "a", "image": str(places["TMP"] / "a.png"), "question": q, "answer": "$<b>$"} for q in questions]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = places | {"OUT": tmp_path / "out", "ROWS": tmp_path / "rows.jsonl"}
+    run(f"{EVALUATE} data.path=$ROWS '{TABLE}' 'policies={{fixed: {{layer: 1}}}}'", names)
+    assert re.search(r"^dense +0.0 %", capsys.readouterr().out, re.MULTILINE)
+    written = (tmp_path / "out" / "fixed.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line)["question"] for line in written.splitlines()] == questions
+    run("report $OUT", names)
+    page = (tmp_path / "out/report/report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page and "Costs $5 or $6?" in page
+    run(f"{EVALUATE} data.path=$ROWS '{TABLE}' 'policies={{fixed: {{layer: 1}}}}' --json", names)
+    out = capsys.readouterr().out
+    assert json.loads(out[out.index("{") :])["policies"]["dense"]["n"] == 4
+    assert (tmp_path / "out" / "fixed.jsonl").read_text(encoding="utf-8") == written
+
+
+def test_interrupts_and_readers_that_leave(monkeypatch, capfd):
+    for raised, code, text in (
+        (KeyboardInterrupt, 130, "error: interrupted; the same command"),
+        (BrokenPipeError, 1, ""),
+    ):
+        with pytest.raises(SystemExit) as stop, faults():
+            raise raised
+        assert stop.value.code == code and text in capfd.readouterr().err
+    with pytest.raises(RuntimeError, match="a fault of the program"), faults():
+        raise RuntimeError("a fault of the program")

@@ -18,7 +18,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run(config: DemoConfig) -> None:
-    from dyvte.cli.loading import set_threads
+    import torch
+
     from dyvte.cli.outputs import check_folder
     from dyvte.cli.table import table
     from dyvte.evaluation.demo import run as answer
@@ -26,7 +27,7 @@ def run(config: DemoConfig) -> None:
     folder = check_folder(config.output)
     model = checkpoint(config.model, "model", "reference-mllm")
     heads = checkpoint(config.heads, "heads", "reference-heads")
-    set_threads(config.threads)
+    torch.set_num_threads(config.threads)
     rows = answer(model, heads, config.per_kind, config.repeats, folder)
     cells = []
     for row in rows:

@@ -24,32 +24,41 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run(config: EvaluateConfig) -> None:
-    from dyvte.cli.loading import load_data, load_heads, load_model
     from dyvte.cli.outputs import check_folder
     from dyvte.cli.policies import make_policies
+    from dyvte.data import load_samples, read_config
     from dyvte.evaluation.runner import evaluate
+    from dyvte.loading import load_heads, load_mllm, needs_group
+    from dyvte.ranks import Ranks
 
     folder = check_folder(config.output)
-    policies = make_policies(config.policies, config.heads)
-    data, samples = load_data(config.data)
-    model, processor = load_model(config)
-    metric = config.metric or data.get("metric", "exact_match")
-    max_new_tokens = config.max_new_tokens or data.get("max_new_tokens", 16)
-    summary = evaluate(
-        model,
-        processor,
-        samples,
-        policies,
-        folder,
-        batch_size=config.batch_size,
-        max_new_tokens=max_new_tokens,
-        metric=metric,
-        template=data.get("template"),
-        config=asdict(config) | {"data": data, "metric": metric, "max_new_tokens": max_new_tokens},
-    )
-    if config.heads is not None:
-        write_promise(load_heads(config.heads).config, folder)
-    print(json.dumps(summary, indent=2) if config.json else results_table(summary))
+    if config.loader:
+        raise ValueError("`dyvte evaluate` takes models of transformers, without a loader: see dyvte.evaluation.runner")
+    with Ranks.launched(config.device, group=needs_group(config)) as ranks:
+        policies = make_policies(config.policies, config.heads)
+        data = read_config(config.data)
+        samples = load_samples(data)
+        mllm = load_mllm(config, ranks)
+        settings = {
+            "metric": config.metric or data.get("metric", "exact_match"),
+            "max_new_tokens": config.max_new_tokens or data.get("max_new_tokens", 16),
+        }
+        summary = evaluate(
+            mllm.model,
+            mllm.processor,
+            samples,
+            policies,
+            folder,
+            batch_size=config.batch_size,
+            template=data.get("template"),
+            config=asdict(config) | settings | {"data": data},
+            ranks=ranks,
+            **settings,
+        )
+        if ranks.first:
+            if config.heads is not None:
+                write_promise(load_heads(config.heads).config, folder)
+            print(json.dumps(summary, indent=2) if config.json else results_table(summary))
 
 
 def write_promise(heads: Any, folder: Path) -> None:

@@ -31,6 +31,8 @@ def faults() -> Iterator[None]:
         place = f"{error.filename}: " if error.filename else ""
         _stop(f"{place}{error.strerror or error}; choose another place, or make room or permissions there")
     except RuntimeError as error:
+        if type(error).__name__ == "RankError":  # by name: at this point torch need not have been loaded
+            _stop(f"{error}; its own message says what to do")
         if "out of memory" not in str(error):
             raise
         _stop(f"{str(error).splitlines()[0]}; use a smaller batch_size, another dtype, or more devices (shard)")

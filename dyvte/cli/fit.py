@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dyvte.cli.arguments import read_arguments
 from dyvte.config import FitConfig
 
+if TYPE_CHECKING:
+    from dyvte.heads import ExitHeads
+
+SHOWN = ("alpha", "delta", "samples", "risk", "bound", "mean_exit_layer")
 EXAMPLES = (
     "dyvte fit configs/train.yaml alpha=0.02 output=runs/heads",
     "dyvte fit traces=runs/traces/train calibration=runs/traces/held-out output=runs/heads",
@@ -20,31 +25,19 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run(config: FitConfig) -> None:
-    from dyvte.cli.loading import set_threads
     from dyvte.cli.outputs import check_folder
-    from dyvte.training.calibrate import calibrate, check_enough, compare
-    from dyvte.training.fit import fit_heads, quality
-    from dyvte.training.held_out import check_held_out
-    from dyvte.training.store import load_traces
+    from dyvte.ranks import Ranks
+    from dyvte.training.recipes import fit
 
     check_folder(config.output)
-    set_threads(config.threads)
-    if config.alpha is None:
-        fit_heads(load_traces(*as_list(config.traces)), config.fit).save_pretrained(config.output)
-        return
-    if config.calibration is None:
-        raise ValueError("a promise needs held-out traces: set calibration=FOLDER, or alpha=null for none")
-    held_out = load_traces(*as_list(config.calibration))
-    check_enough(len(held_out), config.alpha, config.delta)
-    traces = load_traces(*as_list(config.traces))
-    check_held_out(traces.content.sketch(), held_out.content, config.shared_images)
-    heads = fit_heads(traces, config.fit)
-    calibrate(heads, held_out, config.alpha, config.delta, config.shared_images)
-    heads.config.training |= {f"calibration_{k}": v for k, v in quality(heads, held_out)["mean"].items()}
-    heads.save_pretrained(config.output)
-    result = compare(heads, held_out)
-    print(json.dumps({key: result[key] for key in ("samples", "threshold", "learned", "oracle")}, indent=2))
+    with Ranks.launched() as ranks:
+        heads = fit(config, ranks)
+        if ranks.first:
+            print(promise_of(heads))
 
 
-def as_list(value: str | list[str]) -> list[str]:
-    return value if isinstance(value, list) else [value]
+def promise_of(heads: ExitHeads) -> str:
+    """What the calibration of heads came to, as JSON; without a promise, their threshold alone."""
+    calibration = heads.config.calibration or {}
+    found = {key: calibration[key] for key in SHOWN if key in calibration}
+    return json.dumps({"threshold": heads.config.threshold} | found, indent=2)

@@ -19,22 +19,28 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run(config: InspectConfig) -> None:
-    from dyvte.cli.loading import load_data, load_model
     from dyvte.cli.outputs import check_folder
+    from dyvte.data import load_samples, read_config
     from dyvte.evaluation.inspection import inspect_model
+    from dyvte.loading import load_mllm, needs_group
+    from dyvte.ranks import Ranks
 
     folder = check_folder(config.output)
-    data, samples = load_data(config.data)
-    model, processor = load_model(config)
-    max_new_tokens = config.max_new_tokens or data.get("max_new_tokens", 16)
-    inspect_model(
-        model,
-        processor,
-        samples,
-        folder,
-        batch_size=config.batch_size,
-        max_new_tokens=max_new_tokens,
-        template=data.get("template"),
-        config=asdict(config) | {"data": data, "max_new_tokens": max_new_tokens},
-    )
+    with Ranks.launched(config.device, group=needs_group(config)) as ranks:
+        if ranks.world_size > 1 or config.loader:
+            raise ValueError("`dyvte inspect` is for one process and models of transformers: start it without torchrun")
+        data = read_config(config.data)
+        samples = load_samples(data)
+        mllm = load_mllm(config, ranks)
+        max_new_tokens = config.max_new_tokens or data.get("max_new_tokens", 16)
+        inspect_model(
+            mllm.model,
+            mllm.processor,
+            samples,
+            folder,
+            batch_size=config.batch_size,
+            max_new_tokens=max_new_tokens,
+            template=data.get("template"),
+            config=asdict(config) | {"data": data, "max_new_tokens": max_new_tokens},
+        )
     print(folder / "inspect.png")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dyvte.cli.loading import load_heads
 from dyvte.evaluation.policies import PerSampleExit
+from dyvte.loading import load_heads
 from dyvte.methods import METHODS, LearnedExit, by_name
 from dyvte.training.calibrate import oracle_exits
 from dyvte.training.store import load_traces

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from dyvte.cli.arguments import read_arguments
@@ -21,29 +20,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run(config: TraceConfig) -> None:
-    from dyvte.cli.loading import load_data, load_model
     from dyvte.cli.outputs import check_folder
-    from dyvte.data import fingerprint
-    from dyvte.training.write import write_traces
+    from dyvte.loading import needs_group
+    from dyvte.ranks import Ranks
+    from dyvte.training.recipes import trace
 
     check_folder(config.output)
-    data, samples = load_data(config.data)
-    model, processor = load_model(config)
-    write_traces(
-        model,
-        processor,
-        samples,
-        config.output,
-        answers=config.answers,
-        batch_size=config.batch_size,
-        max_new_tokens=config.max_new_tokens or data.get("max_new_tokens", 16),
-        template=data.get("template"),
-        provenance=data | {"fingerprint": fingerprint(data)},
-        exits=config.exits,
-        unit_size=config.unit_size,
-        seed=config.seed,
-        on_error=config.on_error,
-        max_errors=config.max_errors,
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
-    )
+    with Ranks.launched(config.device, group=needs_group(config)) as ranks:
+        trace(config, ranks)

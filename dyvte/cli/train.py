@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
-from pathlib import Path
-from typing import Any, TypeVar
 
-from dyvte.cli import fit, trace
+from dyvte.cli import fit
 from dyvte.cli.arguments import named_keys, read_arguments
-from dyvte.config import FitConfig, TraceConfig, TrainConfig
-
-Config = TypeVar("Config")
+from dyvte.config import FitConfig, TrainConfig
 
 EXAMPLES = (
     "dyvte train model=llava-hf/llava-1.5-7b-hf data=train.yaml held_out=held-out.yaml output=runs/heads",
@@ -28,21 +23,14 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run(config: TrainConfig) -> None:
-    """Traces both sets of questions with the model, then fits."""
-    if config.held_out is None and config.alpha is not None:
-        raise ValueError("a promise needs held-out questions: set held_out=DATA, or alpha=null for none")
-    if config.mode == "online":
-        raise ValueError("mode=online is not there yet: use mode=offline")
-    work = Path(config.work or Path("runs", Path(config.output).name))
-    folders = {}
-    for name, data in (("train", config.data), ("held-out", config.held_out)):
-        if data is not None:
-            folders[name] = str(work / name)
-            trace.run(part_of(config, TraceConfig, data=data, output=folders[name]))
-    fit.run(part_of(config, FitConfig, traces=folders["train"], calibration=folders.get("held-out")))
+    from dyvte.cli.outputs import check_folder
+    from dyvte.loading import needs_group
+    from dyvte.ranks import Ranks
+    from dyvte.training.recipes import train, work_folder
 
-
-def part_of(config: TrainConfig, kind: type[Config], **others: Any) -> Config:
-    """What one stage is told of a config for all."""
-    known = {f.name for f in fields(kind)}
-    return kind(**{name: value for name, value in vars(config).items() if name in known} | others)
+    check_folder(config.output)
+    check_folder(str(work_folder(config)), "work")
+    with Ranks.launched(config.device, group=needs_group(config)) as ranks:
+        heads = train(config, ranks)
+        if ranks.first:
+            print(fit.promise_of(heads))
