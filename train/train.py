@@ -47,7 +47,7 @@ def main(config: TrainConfig, ranks: Ranks) -> None:
         traces = load_traces(work / "train")
         held_out = load_traces(work / "held-out") if config.held_out else None
         recipes.check_split(traces, held_out, config)
-        heads = fit_heads(traces, config.fit, progress=ranks.first)
+        heads = fit_heads(traces, config.fit, ranks.first, work / "fit", ranks.device, tracker.epochs("fit"))
 
         # The boldest threshold whose bound on held-out samples keeps the promise; then weights, config and card.
         heads = recipes.finish(heads, held_out, config, config.output, ranks, tracker)
