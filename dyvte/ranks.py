@@ -94,7 +94,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails on one rank fails on all of them, as soon as they ask anything of each other; at the end they wait.
+        """What fails on one rank fails on all, as soon as they ask anything of each other; at the end they wait.
 
         A rank that waits inside a collective of a sharded model cannot ask; the launcher ends it when this one ends.
         """

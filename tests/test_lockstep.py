@@ -57,7 +57,7 @@ def test_sharded_traces(mllm, whole, tmp_path, shard, size, gone):  # noqa: F811
         (folder / f"units/{number:06d}.json").unlink()
 
     def work(ranks):
-        loaded = load_mllm(ModelConfig(model=str(mllm[2]), dtype="float32", shard=shard), ranks)
+        loaded = load_mllm(ModelConfig(model=str(mllm[2]), dtype="float32", attention="eager", shard=shard), ranks)
         write_traces(loaded.model, loaded.processor, samples(), folder, **LONGER, ranks=ranks)
         return sharing(loaded.model)
 
