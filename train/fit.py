@@ -15,6 +15,7 @@ from dyvte.config import FitConfig
 from dyvte.ranks import Ranks
 from dyvte.tracking import Tracker
 from dyvte.training import recipes
+from dyvte.training.cost import plan
 from dyvte.training.fit import fit_heads
 from dyvte.training.store import load_traces
 
@@ -34,6 +35,9 @@ if __name__ == "__main__":
     config = read_arguments(FitConfig, prog="train/fit.py")
     try:
         with Ranks.launched() as ranks:
-            main(config, ranks)
+            if not config.plan:
+                main(config, ranks)
+            elif ranks.first:
+                print(plan(config, ranks.world_size))
     except ValueError as error:
         sys.exit(f"train/fit.py: {error}")

@@ -22,6 +22,7 @@ from dyvte.ranks import Ranks
 from dyvte.tracking import Tracker
 from dyvte.training import recipes
 from dyvte.training.calibrate import check_enough, compare
+from dyvte.training.cost import plan
 from dyvte.training.fit import fit_heads
 from dyvte.training.store import load_traces
 
@@ -61,6 +62,9 @@ if __name__ == "__main__":
     config = read_arguments(TrainConfig, prog="train/train.py")
     try:
         with Ranks.launched(config.device, group=needs_group(config)) as ranks:
-            main(config, ranks)
+            if not config.plan:
+                main(config, ranks)
+            elif ranks.first:
+                print(plan(config, ranks.world_size))
     except ValueError as error:
         sys.exit(f"train/train.py: {error}")
