@@ -31,6 +31,7 @@ def start(size: int, folder: Path, work: Callable[[int], Any]) -> list[int]:
 
 def _run(rank: int, size: int, folder: Path, work: Callable[[int], Any]) -> None:
     tqdm.set_lock(threading.RLock())  # by default one that a process that is killed would keep from the others
+    os.environ["LOCAL_RANK"] = str(rank)
     try:
         if size > 1:
             store = dist.FileStore(str(folder / "store"), size)

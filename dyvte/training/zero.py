@@ -5,9 +5,7 @@ For the published form of heads, whose optimizer state takes 16 bytes for each o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -16,44 +14,21 @@ from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimiz
 
 from dyvte.config import FitSettings
 from dyvte.heads import ExitHeads
+from dyvte.training.deepspeed_config import read_deepspeed
 from dyvte.training.learner import MOMENTS, Learner, weights_of
-from dyvte.training.parallel import Ranks
+from dyvte.training.parallel import Group
 from dyvte.training.state import Tensors
-
-OURS = ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps", "bf16", "fp16")
-
-
-def read_deepspeed(config: str | Mapping[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed config, from a file or as it is.
-
-    Raises:
-        ValueError: there is no such file, or it asks for what cannot be.
-    """
-    if isinstance(config, str):
-        if not Path(config).is_file():
-            raise ValueError(f"there is no DeepSpeed config {config}: name a file such as configs/deepspeed/zero2.json")
-        config = json.loads(Path(config).read_text())
-    stage = config.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2):
-        raise ValueError(f"heads are trained with ZeRO-1 or ZeRO-2, not with stage {stage!r}; ZeRO-3 is for the base")
-    wrong = [name for name in OURS if name in config]
-    if wrong:
-        raise ValueError(
-            f"the DeepSpeed config sets {', '.join(wrong)}, but that comes from the settings of the fit: leave it out "
-            "(for bfloat16, use torch_autocast)"
-        )
-    return dict(config)
 
 
 class ZeroLearner(Learner):
     """As :class:`Learner`; the state it saves is the same, too."""
 
-    def __init__(self, heads: ExitHeads, settings: FitSettings, steps: int, ranks: Ranks):
+    def __init__(self, heads: ExitHeads, settings: FitSettings, steps: int, group: Group):
         self.config = read_deepspeed(settings.deepspeed)
         if not torch.distributed.is_initialized():
             raise ValueError("DeepSpeed needs ranks: start with torchrun or deepspeed, or leave fit.deepspeed out")
-        super().__init__(heads, settings, steps, ranks)
-        self.config["train_micro_batch_size_per_gpu"] = -(-settings.batch_size // ranks.size)
+        super().__init__(heads, settings, steps, group)
+        self.config["train_micro_batch_size_per_gpu"] = -(-settings.batch_size // group.size)
         self.engine: Any = None
 
     def _start(self) -> Any:
@@ -68,7 +43,7 @@ class ZeroLearner(Learner):
         return engine(state)
 
     def _learn(self, loss: torch.Tensor) -> None:
-        self.engine.backward(loss * self.ranks.size)  # the engine takes the mean over ranks, not the sum
+        self.engine.backward(loss * self.group.size)  # the engine takes the mean over ranks, not the sum
         self.engine.step()
 
     def _moments(self, parameter: torch.nn.Parameter) -> Tensors:
@@ -83,4 +58,4 @@ class ZeroLearner(Learner):
         zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.heads.heads.named_parameters():
             for kind in MOMENTS:
-                safe_set_full_optimizer_state(parameter, tensors[f"{kind}.{name}"].to(self.ranks.device), kind)
+                safe_set_full_optimizer_state(parameter, tensors[f"{kind}.{name}"].to(self.group.device), kind)
