@@ -88,7 +88,7 @@ def write_traces(
     ranks = Ranks() if ranks is None else ranks
     lengths = getattr(samples, "lengths", None)
     plan = Plan.of(len(samples), batch_size, unit_size, seed, lengths)
-    readable = Readable(_Traceable(samples, answers), on_error, max_errors)
+    readable = Readable(Traceable(samples, answers), on_error, max_errors)
     folder, spec = Path(folder), DecoderSpec.of(model, decoder)
     record = trace_record(spec, processor, samples, plan, answers, max_new_tokens, template, exits)
     record["data"] = provenance or {}
@@ -136,7 +136,7 @@ def write_traces(
     return folder
 
 
-class _Traceable(Sequence[Sample]):
+class Traceable(Sequence[Sample]):
     """Samples, of which those that no trace can be made of are damaged."""
 
     def __init__(self, samples: Sequence[Sample], answers: str):
