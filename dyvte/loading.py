@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dyvte.config import ModelConfig
+from dyvte.heads import ExitHeads
 from dyvte.ranks import Ranks
 from dyvte.runtime.calls import VisualMask
 from dyvte.runtime.decoder import DecoderSpec
@@ -56,7 +58,8 @@ def load_mllm(config: ModelConfig, ranks: Ranks | None = None) -> Mllm:
     if config.adapter:
         from peft import PeftModel
 
-        mllm.model = PeftModel.from_pretrained(mllm.model, config.adapter)
+        with loading(config.adapter, "adapter"):
+            mllm.model = PeftModel.from_pretrained(mllm.model, config.adapter)
     mllm.model.eval().requires_grad_(False)
     if config.shard == "fsdp2":
         _shard_layers(mllm, ranks)
@@ -67,6 +70,39 @@ def load_mllm(config: ModelConfig, ranks: Ranks | None = None) -> Mllm:
     return mllm
 
 
+def load_heads(name: str) -> ExitHeads:
+    """Exit heads from a folder or the hub.
+
+    Raises:
+        ValueError: there are none that are whole.
+    """
+    with loading(name, "heads"):
+        return ExitHeads.from_pretrained(name)
+
+
+@contextmanager
+def loading(name: str, key: str) -> Iterator[None]:
+    """Turns whatever libraries make of a wrong folder or hub id into a ``ValueError`` with fault and remedy.
+
+    Args:
+        name: the folder or hub id.
+        key: what it was given as.
+    """
+    try:
+        yield
+    except Exception as error:  # each library on the way has kinds of its own, all of which mean: not such a thing
+        if "trust_remote_code" in str(error):
+            remedy = "it brings code of its own: read it, and set trust_remote_code=true to run it"
+        elif Path(name).exists():
+            remedy = "it must be a folder with a config, weights and all else that belongs to them, each as a whole"
+        elif os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE"):
+            remedy = "there is no such folder, and the hub is switched off (HF_HUB_OFFLINE): give a folder"
+        else:
+            remedy = "give a folder that is there, or the id of something on the hub that can be reached"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{key}={name} cannot be loaded ({reason}); {remedy}") from error
+
+
 def load_empty(config: ModelConfig) -> nn.Module:
     """The model of a config without its weights: everything about it but what it computes.
 
@@ -75,7 +111,7 @@ def load_empty(config: ModelConfig) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    with _said_of(config):
+    with loading(config.model, "model"):
         described = AutoConfig.from_pretrained(config.model, **_source(config))
         dtype = {} if config.dtype == "auto" else {"dtype": getattr(torch, config.dtype)}
         with torch.device("meta"):
@@ -148,37 +184,20 @@ def _by_transformers(config: ModelConfig, ranks: Ranks) -> Mllm:
         chosen["device_map"] = "auto"
     elif config.shard == "none" and ranks.device.type != "cpu":
         chosen["device_map"] = {"": ranks.device}  # read into place, which quantised weights need
-    with _said_of(config):
+    with loading(config.model, "model"):
         processor = AutoProcessor.from_pretrained(config.model, **_source(config))
         model, info = AutoModelForImageTextToText.from_pretrained(
             config.model, output_loading_info=True, **_source(config), **chosen
         )
+        # transformers would go on with random weights in their place.
         missing = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
-        if missing:
+        if missing and not getattr(model, "is_quantized", False):
             raise ValueError(f"its weights lack {len(missing)} tensors that its config asks for, such as {missing[0]}")
     return Mllm(model, processor)
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:
     return {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
-
-
-@contextmanager
-def _said_of(config: ModelConfig) -> Iterator[None]:
-    """Turns whatever transformers makes of a wrong folder or hub id into fault and remedy."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if "trust_remote_code" in reason and not config.trust_remote_code:
-            remedy = "it brings code of its own: read it, and set trust_remote_code=true to run it"
-        elif Path(config.model).exists():
-            remedy = (
-                "the folder must hold config, weights and processor of a model that transformers knows, or set loader"
-            )
-        else:
-            remedy = "give a folder that is there, or the id of a model on the hub that can be reached"
-        raise ValueError(f"model={config.model} cannot be loaded ({reason}); {remedy}") from error
 
 
 def _quantization(settings: dict[str, Any]) -> Any:

@@ -205,7 +205,15 @@ def place(environment: Mapping[str, str]) -> tuple[int, int, int]:
 def _device(device: str, local_rank: int, world_size: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda, cuda:1 ... or auto, not {device!r}") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={device}, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs: choose another, "
+            "device=cpu, or a build of torch for this machine's GPUs"
+        )
     if chosen.type != "cuda" or chosen.index is not None:
         if chosen.index is not None and world_size > 1:
             raise ValueError(f"device={device} would put all ranks on one device: leave it at auto")

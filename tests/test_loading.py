@@ -148,7 +148,7 @@ def test_a_plan_reads_no_weights(mllm, tmp_path, monkeypatch):  # noqa: F811
     bytes_each = 2 * layers * 2 * size + 2 * size + 8 * layers + 4
     assert f"{parameters / 1e9:.3g} B parameters, {layers} layers of width {size}" in told
     assert told.count("50 samples in 2 units, batches of 4") == 2 and f"disk     {bytes_each} B a sample" in told
-    assert "42 traces to learn from, 8 that choose the epoch" in told and "36 visual tokens" in told
+    assert "42 traces to learn from, 8 that train nothing" in told and "36 visual tokens" in told
 
 
 def test_tracking(mllm, tmp_path):  # noqa: F811

@@ -37,9 +37,14 @@ def main(config: TrainConfig, ranks: Ranks) -> None:
     work = recipes.work_folder(config)
 
     with Tracker(config.tracking, work, vars(config), ranks) as tracker:
+        mllm = load_mllm(config, ranks)
+        if config.mode == "online":  # trace, learn, forget; then trace the held-out samples, and calibrate
+            heads = recipes.learn_online(mllm, samples["train"], samples.get("held-out"), config, ranks, tracker)
+            recipes.write_heads(heads, config.output, ranks, tracker)
+            return
+
         # One frozen pass per sample says what every exit layer would do to its answer. Ranks share the units of the
         # plan; finished units stay.
-        mllm = load_mllm(config, ranks)
         for name, data in sets.items():
             recipes.trace_data(mllm, data, work / name, config, ranks, tracker, samples[name])
         recipes.release(mllm)

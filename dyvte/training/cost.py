@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dyvte.config import FitConfig, FitSettings, ModelConfig, TraceConfig, TraceSettings, TrainConfig
+from dyvte.config import FitConfig, FitSettings, ModelConfig, OnlineSettings, TraceConfig, TraceSettings, TrainConfig
 from dyvte.data import encode, load_samples, read_config
 from dyvte.heads import ExitHeads, ExitHeadsConfig
 from dyvte.loading import load_empty
@@ -125,7 +125,9 @@ def plan(config: TraceConfig | FitConfig | TrainConfig, world_size: int = 1) -> 
     for name, data in sets.items():
         lines += _trace_lines(name, config, shape, read_config(data), shared, world_size)
     if isinstance(config, TrainConfig):
-        lines += _fit_lines(config.fit, len(load_samples(read_config(config.data))), shape.layers, shape.size)
+        samples = len(load_samples(read_config(config.data)))
+        online = config.online if config.mode == "online" else None
+        lines += _fit_lines(config.fit, samples, shape.layers, shape.size, online)
     return "\n".join(lines)
 
 
@@ -160,7 +162,9 @@ def _units_line(name: str, settings: Any, samples: int) -> str:
     return f"{name}: {samples:,} samples in {units:,} units, batches of {settings.batch_size}"
 
 
-def _fit_lines(settings: FitSettings, samples: int, layers: int, size: int) -> list[str]:
+def _fit_lines(
+    settings: FitSettings, samples: int, layers: int, size: int, online: OnlineSettings | None = None
+) -> list[str]:
     with torch.device("meta"):
         heads = ExitHeads(
             ExitHeadsConfig(num_layers=layers, hidden_size=size, form=settings.form, width=settings.width, guard=None)
@@ -168,11 +172,16 @@ def _fit_lines(settings: FitSettings, samples: int, layers: int, size: int) -> l
     parameters = sum(weight.numel() for weight in heads.parameters())
     training = samples - max(1, round(settings.validation * samples))
     steps = settings.epochs * math.ceil(training / settings.batch_size)
+    compute = f"{settings.epochs} epochs, {steps:,} steps of {settings.batch_size} traces"
+    memory = f"{_size(ADAM * parameters)} of weights, gradients and moments"
+    if online is not None:
+        compute = f"{online.updates} steps of {online.batch_size} traces after every round of {online.round_size}"
+        memory += f", and {_size(2 * layers * 2 * size * online.buffer)} of the latest {online.buffer:,} states"
     return [
         f"fit: {parameters:,} parameters ({settings.form}), {training:,} traces to learn from, "
-        f"{samples - training:,} that choose the epoch",
-        f"  compute  {settings.epochs} epochs, {steps:,} steps of {settings.batch_size} traces",
-        f"  memory   {_size(ADAM * parameters)} of weights, gradients and moments",
+        f"{samples - training:,} that train nothing",
+        f"  compute  {compute}",
+        f"  memory   {memory}",
     ]
 
 
