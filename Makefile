@@ -54,7 +54,7 @@ test-sharded: $(VENV)/installed  ## models over two ranks, ZeRO-3 among them (in
 	$(BIN)/pip install --quiet -c constraints.txt setuptools ninja
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation deepspeed
 	PATH=$(CURDIR)/$(BIN):$$PATH DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/.matrix/extensions \
-		$(BIN)/python -m pytest -q tests/test_sharded.py
+		$(BIN)/python -m pytest -q tests/test_sharded.py tests/test_sharded_fit.py tests/test_launchers.py
 
 reproduce: traces heads evaluation collect  ## from the shipped MLLM: traces, heads, evaluation, figures
 
