@@ -29,7 +29,7 @@ from dyvte.training.plan import MAX_UNIT, PLAN, Plan
 from dyvte.training.store import load_traces
 from dyvte.training.units import Manifest, write_unit
 
-LAYERS, SIZE = 8, 16
+LAYERS, SIZE = 8, 48
 SETTINGS = FitSettings(width=16, epochs=1, batch_size=256)
 
 
