@@ -204,7 +204,9 @@ class InternVLChatModel(ChatModel):
 
     @classmethod
     def from_pretrained(cls, path, dtype="auto"):
-        return prepare(cls(config("eager")))
+        model = prepare(cls(config("eager")))
+        model.generation_config.suppress_tokens = [CONTEXT]  # random weights answer with anything
+        return model
 
     def extract_feature(self, pixel_values):
         return self.mlp1(pixel_values).view(-1, self.config.hidden_size)
