@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -64,6 +67,23 @@ def load_mllm(config: ModelConfig, ranks: Ranks | None = None) -> Mllm:
     return mllm
 
 
+def load_empty(config: ModelConfig) -> nn.Module:
+    """The model of a config without its weights: everything about it but what it computes.
+
+    Raises:
+        ValueError: it cannot be found, or is not of transformers.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with _said_of(config):
+        described = AutoConfig.from_pretrained(config.model, **_source(config))
+        dtype = {} if config.dtype == "auto" else {"dtype": getattr(torch, config.dtype)}
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(
+                described, trust_remote_code=config.trust_remote_code, **dtype
+            )
+
+
 def needs_group(config: ModelConfig) -> bool:
     """Whether the model is laid over a process group even where it has one rank alone."""
     return config.shard in ("zero3", "fsdp2", "tp")
@@ -117,7 +137,6 @@ def _by_loader(config: ModelConfig) -> Mllm:
 def _by_transformers(config: ModelConfig, ranks: Ranks) -> Mllm:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    source: dict[str, Any] = {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
     chosen: dict[str, Any] = {"dtype": config.dtype}
     if config.attention:
         chosen["attn_implementation"] = config.attention
@@ -129,18 +148,37 @@ def _by_transformers(config: ModelConfig, ranks: Ranks) -> Mllm:
         chosen["device_map"] = "auto"
     elif config.shard == "none" and ranks.device.type != "cpu":
         chosen["device_map"] = {"": ranks.device}  # read into place, which quantised weights need
-    try:
-        processor = AutoProcessor.from_pretrained(config.model, **source)
-        model = AutoModelForImageTextToText.from_pretrained(config.model, **source, **chosen)
-    except OSError as error:
-        raise ValueError(f"cannot load {config.model}: {error}") from error
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"{config.model} brings code of its own: read it, and set trust_remote_code=true to run it"
-            ) from error
-        raise
+    with _said_of(config):
+        processor = AutoProcessor.from_pretrained(config.model, **_source(config))
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            config.model, output_loading_info=True, **_source(config), **chosen
+        )
+        missing = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
+        if missing:
+            raise ValueError(f"its weights lack {len(missing)} tensors that its config asks for, such as {missing[0]}")
     return Mllm(model, processor)
+
+
+def _source(config: ModelConfig) -> dict[str, Any]:
+    return {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
+
+
+@contextmanager
+def _said_of(config: ModelConfig) -> Iterator[None]:
+    """Turns whatever transformers makes of a wrong folder or hub id into fault and remedy."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason and not config.trust_remote_code:
+            remedy = "it brings code of its own: read it, and set trust_remote_code=true to run it"
+        elif Path(config.model).exists():
+            remedy = (
+                "the folder must hold config, weights and processor of a model that transformers knows, or set loader"
+            )
+        else:
+            remedy = "give a folder that is there, or the id of a model on the hub that can be reached"
+        raise ValueError(f"model={config.model} cannot be loaded ({reason}); {remedy}") from error
 
 
 def _quantization(settings: dict[str, Any]) -> Any:

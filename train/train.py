@@ -22,6 +22,7 @@ from dyvte.ranks import Ranks
 from dyvte.tracking import Tracker
 from dyvte.training import recipes
 from dyvte.training.calibrate import check_enough, compare
+from dyvte.training.cost import plan
 from dyvte.training.fit import fit_heads
 from dyvte.training.store import load_traces
 
@@ -47,7 +48,7 @@ def main(config: TrainConfig, ranks: Ranks) -> None:
         traces = load_traces(work / "train")
         held_out = load_traces(work / "held-out") if config.held_out else None
         recipes.check_split(traces, held_out, config)
-        heads = fit_heads(traces, config.fit, progress=ranks.first)
+        heads = fit_heads(traces, config.fit, ranks.first, work / "fit", ranks.device, tracker.epochs("fit"))
 
         # The boldest threshold whose bound on held-out samples keeps the promise; then weights, config and card.
         heads = recipes.finish(heads, held_out, config, config.output, ranks, tracker)
@@ -61,6 +62,9 @@ if __name__ == "__main__":
     config = read_arguments(TrainConfig, prog="train/train.py")
     try:
         with Ranks.launched(config.device, group=needs_group(config)) as ranks:
-            main(config, ranks)
+            if not config.plan:
+                main(config, ranks)
+            elif ranks.first:
+                print(plan(config, ranks.world_size))
     except ValueError as error:
         sys.exit(f"train/train.py: {error}")

@@ -24,7 +24,7 @@ from dyvte.training.held_out import check_held_out
 from dyvte.training.store import TraceSet, load_traces
 from dyvte.training.write import write_traces
 
-TRAIN, HELD_OUT, STATES = "train", "held-out", "states"  # what the work folder of a run holds
+TRAIN, HELD_OUT, FIT = "train", "held-out", "fit"  # what the work folder of a run holds
 DEFAULT_NEW_TOKENS = 16
 
 
@@ -45,7 +45,8 @@ def fit(config: FitConfig, ranks: Ranks) -> ExitHeads:
     held_out = None if config.alpha is None else load_traces(*listed(config.calibration))
     with Tracker(config.tracking, Path(config.output), vars(config), ranks) as tracker:
         check_split(traces, held_out, config)
-        heads = fit_heads(traces, config.fit, progress=ranks.first)
+        states = Path("runs", Path(config.output).name, FIT)
+        heads = fit_heads(traces, config.fit, ranks.first, states, ranks.device, tracker.epochs("fit"))
         return finish(heads, held_out, config, config.output, ranks, tracker)
 
 
@@ -65,7 +66,7 @@ def train(config: TrainConfig, ranks: Ranks) -> ExitHeads:
         traces = load_traces(work / TRAIN)
         held_out = None if config.held_out is None else load_traces(work / HELD_OUT)
         check_split(traces, held_out, config)
-        heads = fit_heads(traces, config.fit, progress=ranks.first)
+        heads = fit_heads(traces, config.fit, ranks.first, work / FIT, ranks.device, tracker.epochs("fit"))
         return finish(heads, held_out, config, config.output, ranks, tracker)
 
 
