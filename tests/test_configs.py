@@ -169,3 +169,17 @@ def tiny(config: TrainConfig, folder: Path, monkeypatch) -> Mllm:
         model = str(folder / "internvl")
         tokenizer().save_pretrained(model)
     return load_mllm(dataclasses.replace(config, model=model, device="cpu", dtype="auto"))
+
+
+def test_the_page_of_costs_is_that_of_its_formulas(monkeypatch):
+    """And these are what scale demands: figures worked out by hand."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import costs_page
+
+    assert costs_page.PAGE.read_text() == costs_page.page()
+    small, medium = costs_page.SMALL, costs_page.MEDIUM
+    assert (small.shape.sample_bytes, medium.shape.sample_bytes) == (532_740, 829_764)
+    assert small.forwards == pytest.approx(1 + 31 / 2 * 77 / 653)
+    assert 6.7e9 < small.shape.parameters < 7.1e9 and 12.9e9 < medium.shape.parameters < 13.4e9
+    units = -(-15_000 // 32)
+    assert costs_page.wall(small, 15_000, 64, "dense") == costs_page.span(-(-units // 64) * 32 * small.seconds("dense"))
