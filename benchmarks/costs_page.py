@@ -265,7 +265,8 @@ On 64 GPUs the small runs are a matter of loading the model. `mode: online` keep
 
 ## Training the heads
 
-Parameters without the guard's, and what they take with gradients and moments in float32; 8,500 traces, 40 epochs, batches of 128.
+Parameters without the guard's, and what they take with gradients and moments in float32; 8,500 traces, 40 epochs,
+batches of 128.
 
 {table(["model", "shared form", "published form", "steps", "states read"], fit_rows())}
 
