@@ -11,6 +11,7 @@ from torch import nn
 from dyvte.data import GREEDY, Sample, encode
 from dyvte.runtime.decoder import visual_tokens
 from dyvte.runtime.locate import underlying_model
+from dyvte.runtime.reduction import Reduction
 from dyvte.training.trace import trace_batch
 from dyvte.training.trace_pass import TraceError
 
@@ -25,6 +26,7 @@ def trace_samples(
     max_new_tokens: int = 16,
     template: str | None = None,
     exits: int | Sequence[int] | None = None,
+    pruning: Reduction | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of one batch, see :mod:`dyvte.training.units` for their columns.
 
@@ -45,7 +47,8 @@ def trace_samples(
     answer = answer_mask(ids, model.generation_config.eos_token_id)
     traced = append_answer(inputs, ids, answer)
     try:
-        trace = trace_batch(model, traced, exits=exits)
+        own = None if pruning is None else pruning.keyed([sample.id for sample in samples])
+        trace = trace_batch(model, traced, exits=exits, pruning=own)
     except TraceError as error:
         names = ", ".join(repr(samples[row].id) for row in error.rows)
         raise ValueError(f"sample {names}: {error.reason}") from error
@@ -66,6 +69,7 @@ def trace_samples(
             "kl": trace.kl[i].half().cpu().numpy(),
             "dense_nll": float(trace.dense_nll[i]),
         }
+        | ({} if pruning is None else {"visual_counts": trace.counts[i].tolist()})
         for i, sample in enumerate(samples)
     ]
 

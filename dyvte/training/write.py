@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dyvte.data import Readable, Sample, SampleError, TooManyErrors, image_digest, sample_digest
+from dyvte.methods.families import build, methods_of
 from dyvte.provenance import claim, write_json
 from dyvte.runtime.decoder import DecoderSpec
 from dyvte.training.identity import PROVENANCE, check_same, trace_record
@@ -42,6 +43,7 @@ def write_traces(
     max_new_tokens: int = 16,
     template: str | None = None,
     exits: int | Sequence[int] | None = None,
+    pruning: Mapping[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
     unit_size: int = MAX_UNIT,
     seed: int = 0,
@@ -59,6 +61,8 @@ def write_traces(
         answers: "dense" traces the model's own greedy answer, so that full agreement means that greedy decoding with
             that exit gives the identical answer; "dataset" traces the first given answer.
         exits: which exit layers to trace, see :func:`dyvte.trace_batch`.
+        pruning: a method that drops tokens, by ``method.argument`` such as ``{fastv.layer: 2, fastv.keep: 0.5}``: what
+            is traced is the model with it, and agreement is with the answers of the model without it.
         provenance: what the samples come from, such as the data config, for the record.
         unit_size: samples per unit, the most that a kill costs each rank.
         seed: of the order of the samples.
@@ -78,7 +82,10 @@ def write_traces(
     plan = Plan.of(len(samples), batch_size, unit_size, seed, lengths)
     readable = Readable(Traceable(samples, answers), on_error, max_errors)
     folder, spec = Path(folder), DecoderSpec.of(model)
-    record = trace_record(spec, processor, samples, plan, answers, max_new_tokens, template, exits)
+    record = trace_record(spec, processor, samples, plan, answers, max_new_tokens, template, exits, pruning)
+    method = None if pruning is None else build(methods_of(pruning), pruning)
+    if method is not None and answers != "dense":
+        raise ValueError("a trace under a pruning is about the model's own answers: use answers=dense")
     record["data"] = provenance or {}
     with ExitStack() as stack:
         with _faults_of(folder):
@@ -99,7 +106,7 @@ def write_traces(
             rows: dict[int, dict[str, Any]] = {}
             for batch in plan.batches(read):
                 asked = [sample for _, sample in batch]
-                found = trace_samples(model, processor, asked, answers, max_new_tokens, template, exits)
+                found = trace_samples(model, processor, asked, answers, max_new_tokens, template, exits, method)
                 rows |= {index: row for (index, _), row in zip(batch, found)}
                 bar.update(len(batch))
             bar.update(len(plan.units[number]) - len(read))
