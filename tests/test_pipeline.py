@@ -129,15 +129,6 @@ def test_traces_go_on_where_they_stopped(mllm, tmp_path, monkeypatch):
     assert torch.equal(once.state, twice.state) and once.rows == twice.rows
 
 
-def test_ranks_share_the_shards(mllm, tmp_path, monkeypatch):
-    trace(mllm, tmp_path / "one")
-    for rank in (1, 0):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        trace(mllm, tmp_path / "two")
-    assert torch.equal(load_traces(tmp_path / "one").state, load_traces(tmp_path / "two").state)
-
-
 def test_given_answers_can_be_traced(mllm, tmp_path):
     trace(mllm, tmp_path, answers="dataset")
     loaded = load_traces(tmp_path)

@@ -14,7 +14,7 @@ from models import LAYERS, PATCHES, batch_of, prompt, tiny_llava
 from scipy.stats import beta
 
 import dyvte
-import dyvte.training.promise as module
+import dyvte.training.outcomes as module
 from dyvte.data import load_samples
 from dyvte.methods import METHODS
 from dyvte.methods.families import FAMILIES, Family, Shape, build

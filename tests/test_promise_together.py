@@ -61,7 +61,7 @@ def test_a_trace_under_a_pruning_is_what_both_do_together(mllm, pruning):
     for layer in range(1, LAYERS + 1):
         same, saved = keeps_answers(model, pruning & dyvte.FixedExit(layer), inputs, ids, answer)
         assert (trace.agreement[:, layer - 1] >= 1).tolist() == same.tolist()
-        assert torch.allclose(1 - trace.counts[:, :layer].sum(1) / (visual * LAYERS).double(), saved)
+        assert torch.allclose(1 - trace.visual_counts[:, :layer].sum(1) / (visual * LAYERS).double(), saved)
 
 
 def test_what_cannot_be_traced_so(mllm):

@@ -252,8 +252,6 @@ def trace(config: dict[str, Any]) -> None:
         template=data.get("template"),
         provenance=data | {"fingerprint": fingerprint(data)},
         **{name: config[name] for name in ("exits", "unit_size", "seed", "on_error", "max_errors")},
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
     )
 
 

@@ -54,7 +54,8 @@ class Trace:
         kl: float32 [batch, L], KL(exit || dense) of the next token at the last prompt position, nats (the criterion of
             VTW, arXiv 2405.05803).
         dense_nll: float32 [batch].
-        counts: long [batch, L], the visual tokens that every layer works on without an exit.
+        text_tokens, visual_tokens: long [batch], how many of each the prompt has.
+        visual_counts: long [batch, L], the visual tokens that every layer works on without an exit.
     """
 
     state: torch.Tensor
@@ -63,7 +64,9 @@ class Trace:
     nll: torch.Tensor
     kl: torch.Tensor
     dense_nll: torch.Tensor
-    counts: torch.Tensor
+    text_tokens: torch.Tensor
+    visual_tokens: torch.Tensor
+    visual_counts: torch.Tensor
 
     def to(self, device: str | torch.device) -> Trace:
         return Trace(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
@@ -191,9 +194,11 @@ class TracePass(PromptPass):
             raise TraceError(_rows(~state.isfinite().flatten(1).all(1)), f"text states that are not finite: {_REMEDY}")
         if not bool(self.visual.isfinite().all()):
             raise TraceError(_rows(~self.visual.isfinite().all(1)), f"visual tokens that are not finite: {_REMEDY}")
-        return Trace(
-            state, self.visual.to(logits.device), agreement, nll, kl, nll[:, -1], self.visual_counts.to(logits.device)
-        )
+        prompt = self.prompt
+        text = prompt.text if prompt.answer is None else prompt.text & ~prompt.answer
+        counts = [tokens.sum(1) for tokens in (text, prompt.visual)] + [self.visual_counts]
+        counts = [count.to(logits.device) for count in counts]
+        return Trace(state, self.visual.to(logits.device), agreement, nll, kl, nll[:, -1], *counts)
 
     def _measure(self, head: TraceHead, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Agreement, NLL and KL of some samples: float32 [n, exits + 1] each, the dense model last."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 
 from dyvte.data import GREEDY, Sample, encode
+from dyvte.runtime.calls import VisualMask
 from dyvte.runtime.decoder import visual_tokens
-from dyvte.runtime.locate import underlying_model
+from dyvte.runtime.locate import underlying_model, without_engine
 from dyvte.runtime.reduction import Reduction
 from dyvte.training.trace import trace_batch
 from dyvte.training.trace_pass import TraceError
@@ -26,33 +28,39 @@ def trace_samples(
     max_new_tokens: int = 16,
     template: str | None = None,
     exits: int | Sequence[int] | None = None,
+    visual_mask: VisualMask | None = None,
+    decoder: str | nn.Module | None = None,
+    together: bool = False,
     pruning: Reduction | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of one batch, see :mod:`dyvte.training.units` for their columns.
 
+    Args:
+        visual_mask, decoder: as in :func:`dyvte.attach`.
+        together: other ranks share the model's weights, and generate at the same time.
+
     Raises:
         ValueError: samples that cannot be traced, by their ids.
     """
-    inputs = encode(processor, samples, template).to(model.device, model.dtype)
+    model = without_engine(model)
+    device = next((w.device for w in model.parameters() if not w.is_meta), torch.device("cpu"))
+    inputs = encode(processor, samples, template).to(device, model.dtype)
     tokenizer = processor.tokenizer
-    length = inputs["input_ids"].shape[1]
     if answers == "dense":
-        with torch.no_grad():
-            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)[:, length:]
+        ids = greedy_answers(model, inputs, max_new_tokens, together)
     else:
         rows = [tokenizer(sample.answers[0], add_special_tokens=False).input_ids for sample in samples]
         rows = [row + [tokenizer.eos_token_id] for row in rows]
         pad = max(map(len, rows))
-        ids = torch.tensor([row + [-100] * (pad - len(row)) for row in rows], device=model.device)
+        ids = torch.tensor([row + [-100] * (pad - len(row)) for row in rows], device=device)
     answer = answer_mask(ids, model.generation_config.eos_token_id)
     traced = append_answer(inputs, ids, answer)
     try:
         own = None if pruning is None else pruning.keyed([sample.id for sample in samples])
-        trace = trace_batch(model, traced, exits=exits, pruning=own)
+        trace = trace_batch(model, traced, visual_mask, decoder, exits, own)
     except TraceError as error:
         names = ", ".join(repr(samples[row].id) for row in error.rows)
         raise ValueError(f"sample {names}: {error.reason}") from error
-    full, text = prompt_lengths(model, inputs)
     return [
         {
             "id": sample.id,
@@ -60,8 +68,8 @@ def trace_samples(
             "question": sample.question,
             "answers": sample.answers,
             "traced_answer": tokenizer.decode(ids[i][answer[i]], skip_special_tokens=True).strip(),
-            "text_tokens": int(text[i]),
-            "visual_tokens": int(full[i] - text[i]),
+            "text_tokens": int(trace.text_tokens[i]),
+            "visual_tokens": int(trace.visual_tokens[i]),
             "state": _half(trace.state[i]).flatten().cpu().numpy(),
             "visual": _half(trace.visual[i]).cpu().numpy(),
             "agreement": trace.agreement[i].cpu().numpy(),
@@ -69,9 +77,24 @@ def trace_samples(
             "kl": trace.kl[i].half().cpu().numpy(),
             "dense_nll": float(trace.dense_nll[i]),
         }
-        | ({} if pruning is None else {"visual_counts": trace.counts[i].tolist()})
+        | ({} if pruning is None else {"visual_counts": trace.visual_counts[i].tolist()})
         for i, sample in enumerate(samples)
     ]
+
+
+@torch.no_grad()
+def greedy_answers(model: nn.Module, inputs: dict[str, Any], max_new_tokens: int, together: bool) -> torch.Tensor:
+    """The tokens after each prompt, [batch, answer length]."""
+    prompt, given = inputs["input_ids"], dict(inputs)
+    takes = inspect.signature(underlying_model(model).generate).parameters
+    if "inputs" in takes and "generation_config" not in takes:  # LLaVA's code base knows no other name
+        given["inputs"] = given.pop("input_ids")
+    settings = GREEDY | {"max_new_tokens": max_new_tokens} | ({"synced_gpus": True} if together else {})
+    ids = model.generate(**given, **settings)
+    length = prompt.shape[1]
+    # Models that make embeddings of the prompt themselves return the answer alone.
+    with_prompt = ids.shape[1] >= length and torch.equal(ids[:, :length], prompt)
+    return ids[:, length:] if with_prompt else ids
 
 
 def _half(states: torch.Tensor) -> torch.Tensor:
