@@ -156,11 +156,11 @@ def calibrate_together(
     )
     n, settings = len(traces[0]), list(path.settings)
     risk, saved = [0.0] * len(settings), [0.0] * len(settings)
-    missing = [setting for setting in settings if _pruning(setting) not in prunings]
+    missing = [setting for setting in settings if pruning_of(setting) not in prunings]
     if missing:
-        raise ValueError(f"there are no traces of the pruning {_pruning(missing[0])}, through which the path goes")
+        raise ValueError(f"there are no traces of the pruning {pruning_of(missing[0])}, through which the path goes")
     for pruning, some in zip(prunings, traces):
-        places = [place for place, setting in enumerate(settings) if _pruning(setting) == pruning]
+        places = [place for place, setting in enumerate(settings) if pruning_of(setting) == pruning]
         thresholds = torch.tensor([settings[place][THRESHOLD] for place in places], dtype=torch.double)
         if places:
             wrong, left_out = outcomes(heads, some, thresholds)
@@ -190,7 +190,8 @@ def calibrate_together(
     )
 
 
-def _pruning(setting: dict[str, Any]) -> dict[str, Any]:
+def pruning_of(setting: dict[str, Any]) -> dict[str, Any]:
+    """A point of the grid without its threshold."""
     return {name: value for name, value in setting.items() if name != THRESHOLD}
 
 
