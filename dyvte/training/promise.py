@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dyvte.data import Readable, Sample
+from dyvte.config import MethodConfig
+from dyvte.data import Readable, Sample, fingerprint, load_samples, read_config
+from dyvte.loading import load_mllm
 from dyvte.methods.exits import NeverExit
 from dyvte.methods.families import LEARNED, Family, Shape, build
 from dyvte.promise import IDENTITY, Curve, Promise, boldest_safe
@@ -105,6 +107,40 @@ def calibrate_method(
             stacklevel=2,
         )
     return promise
+
+
+def calibrate_config(config: MethodConfig) -> Promise:
+    """:func:`calibrate_method` as a config asks for it, in one process.
+
+    Raises:
+        ValueError: nothing is promised, or the model is to be laid over several ranks.
+    """
+    if config.alpha is None:
+        raise ValueError("alpha is what is promised and cannot be null here: set for example alpha=0.01")
+    if config.shard not in ("none", "device_map"):
+        raise ValueError(f"a method is calibrated in one process, not with shard={config.shard}: use device_map")
+    data = read_config(config.data)
+    samples = load_samples(data)  # what is wrong with it is said before a model is loaded
+    mllm = load_mllm(config)
+    return calibrate_method(
+        mllm.model,
+        mllm.processor,
+        samples,
+        config.output,
+        config.method,
+        fixed=config.fixed,
+        settings=config.settings,
+        alpha=config.alpha,
+        delta=config.delta,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens or data.get("max_new_tokens", 16),
+        template=data.get("template"),
+        visual_mask=mllm.visual_mask,
+        decoder=mllm.decoder,
+        provenance=data | {"fingerprint": fingerprint(data)},
+        on_error=config.on_error,
+        max_errors=config.max_errors,
+    )
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ def trace(config: TraceConfig, ranks: Ranks) -> Path:
     samples = load_samples(read_config(config.data))  # what is wrong with it is said before a model is loaded
     with Tracker(config.tracking, Path(config.output), vars(config), ranks) as tracker:
         mllm = load_mllm(config, ranks)
-        return trace_data(mllm, config.data, config.output, config, ranks, tracker, samples)
+        return trace_data(mllm, config.data, config.output, config, ranks, tracker, samples, config.pruning)
 
 
 def fit(config: FitConfig, ranks: Ranks) -> ExitHeads:
@@ -82,12 +82,14 @@ def trace_data(
     ranks: Ranks,
     tracker: Tracker | None = None,
     samples: Sequence[Any] | None = None,
+    pruning: Mapping[str, Any] | None = None,
 ) -> Path:
     """Traces a data set with a model into a folder; ranks share the work.
 
     Args:
         data: a data config, or the YAML file of one.
         samples: of that data, where they are loaded already.
+        pruning: see :func:`dyvte.training.write.write_traces`.
     """
     described = read_config(data)
     samples = load_samples(described) if samples is None else samples
@@ -104,6 +106,7 @@ def trace_data(
         max_new_tokens=settings.max_new_tokens or described.get("max_new_tokens", DEFAULT_NEW_TOKENS),
         template=described.get("template"),
         exits=settings.exits,
+        pruning=pruning,
         provenance=described | {"fingerprint": fingerprint(described)},
         unit_size=settings.unit_size,
         seed=settings.seed,
