@@ -21,25 +21,17 @@ from dyvte.methods import LearnedExit
 from dyvte.runtime.decoder import DecoderSpec
 
 VERSION = "0.32"  # whose internals this is written for
-logger = init_logger("vllm.dyvte")
-
-# Field of VllmConfig, what is wrong with it, the remedy.
+# Field of VllmConfig, what is wrong with it, what to use instead.
 REFUSED = (
-    (
-        "cache_config.enable_prefix_caching",
-        "prefix caching: blocks hold what one exit left",
-        "no-enable-prefix-caching",
-    ),
-    ("scheduler_config.enable_chunked_prefill", "chunked prefill: exits need all text", "no-enable-chunked-prefill"),
+    ("cache_config.enable_prefix_caching", "prefix caching: blocks hold one exit's tokens", "no-enable-prefix-caching"),
+    ("scheduler_config.enable_chunked_prefill", "chunked prefill: heads read all text", "no-enable-chunked-prefill"),
     ("parallel_config.pipeline_parallel_size", "pipeline parallelism: stages pass all rows", "tensor-parallel-size"),
     ("parallel_config.decode_context_parallel_size", "context parallelism: prompts are split", "tensor-parallel-size"),
-    ("parallel_config.prefill_context_parallel_size", "context parallelism: prompts are split", "tensor-parallel-size"),
     ("parallel_config.data_parallel_size", "data parallelism: ranks agree on rows", "port, a server for each replica"),
     ("parallel_config.use_ubatching", "two micro-batches at once: they share rows", "no-enable-dbo"),
     ("speculative_config", "speculative decoding: drafts count all tokens", "speculative-config null"),
     ("lora_config", "LoRA adapters: they count all rows", "no-enable-lora and merged weights"),
     ("kv_transfer_config", "KV transfer: other engines expect all tokens", "kv-transfer-config null"),
-    ("cache_config.kv_sharing_fast_prefill", "fast prefill: it takes rows, too", "no-kv-sharing-fast-prefill"),
     ("model_config.pooler_config", "pooling: it reads all rows", "runner generate"),
 )
 OTHER_NUMBERS = (
@@ -64,7 +56,9 @@ def install() -> None:
 
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
         policy_arguments()
-        _choose(self)
+        for name in ("enable_prefix_caching", "enable_chunked_prefill"):  # where the user has said nothing
+            setattr(self, name, bool(getattr(self, name)))
+        self.enforce_eager |= self.compilation_config == CompilationConfig()
         config = create(self, *args, **kwargs)
         refuse(config)
         return config
@@ -75,15 +69,6 @@ def install() -> None:
 
     EngineArgs.create_engine_config = create_engine_config
     WorkerWrapperBase.initialize_from_config = initialize_from_config
-
-
-def _choose(args: EngineArgs) -> None:
-    """What exits need, where the user has said nothing."""
-    for name in ("enable_prefix_caching", "enable_chunked_prefill"):
-        if getattr(args, name) is None:
-            setattr(args, name, False)
-    if args.compilation_config == CompilationConfig():
-        args.enforce_eager = True
 
 
 def refuse(config: VllmConfig) -> None:
@@ -146,4 +131,6 @@ def attach(runner: Any) -> None:
     if first:
         policy.check(spec)
     Exits(runner, policy, spec.exits)
-    logger.info("Exits: threshold %.4g, exit layers %s of %d.", policy.threshold, [*spec.exits], spec.num_layers)
+    init_logger("vllm.dyvte").info(
+        "Exits: threshold %.4g, %s of %d layers.", policy.threshold, spec.exits, spec.num_layers
+    )

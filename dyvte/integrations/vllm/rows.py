@@ -41,30 +41,24 @@ class Rows:
         self.new, self.undecided, self._reader = [], {}, None
         visual, tail = torch.zeros(2, self.start[-1], dtype=torch.bool)
         for place, (request, begin, width) in enumerate(zip(requests, self.start, self.widths)):
-            if width != self.lengths[place]:
-                if width > 1:
-                    raise RuntimeError("exits met a part of a prompt, although chunked prefill is off")
+            whole = width == self.lengths[place]
+            if not whole and width > 1:
+                raise RuntimeError("exits met a part of a prompt, although chunked prefill is off")
+            if not whole or not (mask := visual_tokens(request, width)).any():
                 continue
-            mask = visual_tokens(request, width)
             visual[begin : begin + width] = mask
-            if not mask.any() or hasattr(request, "exit"):
-                continue
-            request.exit = num_layers, 0
-            self.new.append(request)
-            prompt = Prompt.from_masks(mask[None], torch.ones_like(mask)[None])
-            # Logits of the prompt's own tokens, if asked for, are those of the whole model.
-            if prompt.can_leave.item() and request.sampling_params.prompt_logprobs is None:
-                tail[begin + prompt.tail.index[0]] = True
-                self.undecided[place] = prompt
+            if not hasattr(request, "exit"):
+                request.exit = num_layers, 0
+                self.new.append(request)
+                prompt = Prompt.from_masks(mask[None], torch.ones_like(mask)[None])
+                # Logits of the prompt's own tokens, if asked for, are those of the whole model.
+                if prompt.can_leave.item() and request.sampling_params.prompt_logprobs is None:
+                    tail[begin + prompt.tail.index[0]] = True
+                    self.undecided[place] = prompt
         device = common.query_start_loc.device
         self.visual, self.tail = visual.to(device), tail.to(device)
         self.owner = torch.arange(len(requests)).repeat_interleave(torch.tensor(self.widths)).to(device)
         self.index = torch.arange(self.start[-1], device=device)
-
-    def check(self, hidden: torch.Tensor) -> None:
-        """Raises ``RuntimeError`` if the decoder's input is not these rows."""
-        if len(hidden) != self.start[-1]:
-            raise RuntimeError(f"the decoder got {len(hidden)} rows for {self.start[-1]} tokens: exits know no padding")
 
     def visual_states(self, hidden: torch.Tensor) -> torch.Tensor:
         """The mean visual token of each undecided prompt as they enter the decoder: float32 [n, d]."""
@@ -101,34 +95,30 @@ class Rows:
         if not any(at == layer and tokens for at, tokens in exits):
             return None
         gone = [tokens if at <= layer else 0 for at, tokens in exits]
-        left = torch.tensor(gone, device=self.owner.device).bool()
+        left, device = torch.tensor(gone, device=self.owner.device).bool(), self.owner.device
         kept = (~(self.visual & left[self.owner])[self.index]).nonzero()[:, 0]
         self.index, self._reader = self.index[kept], None
+        # A layer's cache holds what the layer has seen, one token after the other in the request's own blocks.
+        batch, owner = self.batch, self.owner[self.index]
         widths = [w - g if w > 1 else w for w, g in zip(self.widths, gone)]  # who decodes left before
-        self.common = self._common([0, *accumulate(widths)], widths, [n - g for n, g in zip(self.lengths, gone)])
-        return kept
-
-    def _common(self, start: list[int], widths: list[int], lengths: list[int]) -> Any:
-        """vLLM's description of the smaller batch; a layer's cache holds what it has seen, one after the other."""
-        batch, device, owner = self.batch, self.owner.device, self.owner[self.index]
-        start_cpu = torch.tensor(start, dtype=batch.query_start_loc_cpu.dtype)
-        lengths_cpu = torch.tensor(lengths, dtype=batch.seq_lens_cpu_upper_bound.dtype)
-        ends, seq_lens = start_cpu[1:].to(device), lengths_cpu.to(device, batch.seq_lens.dtype)
-        place = torch.arange(len(owner), device=device) + (seq_lens - ends)[owner]
+        start = torch.tensor([0, *accumulate(widths)], dtype=batch.query_start_loc_cpu.dtype)
+        lengths = torch.tensor(self.lengths, dtype=batch.seq_lens_cpu_upper_bound.dtype) - torch.tensor(gone)
+        place = torch.arange(len(owner), device=device) + (lengths - start[1:]).to(device)[owner]
         blocks = batch.block_table_tensor[owner, place // self.block_size].long()
-        return batch.replace(
-            query_start_loc=start_cpu.to(device),
-            query_start_loc_cpu=start_cpu,
-            seq_lens=seq_lens,
-            seq_lens_cpu_upper_bound=lengths_cpu,
+        self.common = batch.replace(
+            query_start_loc=start.to(device),
+            query_start_loc_cpu=start,
+            seq_lens=lengths.to(device, batch.seq_lens.dtype),
+            seq_lens_cpu_upper_bound=lengths.to(batch.seq_lens_cpu_upper_bound.dtype),
             num_actual_tokens=len(owner),
             max_query_len=max(widths),
-            max_seq_len=max(lengths),
+            max_seq_len=int(lengths.max()),
             slot_mapping=(blocks * self.block_size + place % self.block_size).to(batch.slot_mapping.dtype),
             positions=None,
             _num_computed_tokens_cache=None,
             _token_to_req_indices_cache=None,
         )
+        return kept
 
     def restore(self, output: torch.Tensor) -> torch.Tensor:
         """The decoder's output for all rows, zeros where they were withdrawn."""
@@ -141,7 +131,7 @@ def visual_tokens(request: Any, width: int) -> torch.Tensor:
     """Which of a request's first ``width`` tokens are visual: bool [width]."""
     mask = torch.zeros(width, dtype=torch.bool)
     for feature in request.mm_features:
+        at = feature.mm_position
         if feature.modality in ("image", "video"):
-            at = feature.mm_position
             mask[at.offset : at.offset + at.length] = True if at.is_embed is None else at.is_embed
     return mask
