@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,6 +102,17 @@ def answered(engine, prompts: Sequence[dict], greedy, concurrency: int) -> None:
         under_way -= sum(output.finished for output in engine.step())
 
 
+def with_known_names(model: str, folder: str) -> str:
+    """A copy of a LLaVA whose vision tower has the names it had before transformers 5, which vLLM knows."""
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(model, Path(folder, Path(model).name))
+    old, new, weights = "vision_tower.", "vision_tower.vision_model.", copy / "model.safetensors"
+    tensors = {name.replace(new, old).replace(old, new): value for name, value in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return str(copy)
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", default="checkpoints/reference-mllm")
@@ -114,9 +127,11 @@ def main() -> None:
         return
     from shapes import record
 
+    folder = tempfile.TemporaryDirectory()
+    model = with_known_names(chosen.model, folder.name)
     engines = {
-        "dense": Engine(chosen.model, chosen.scenes),
-        "exits": Engine(chosen.model, chosen.scenes, DYVTE_HEADS=str(Path(chosen.heads).resolve())),
+        "dense": Engine(model, chosen.scenes),
+        "exits": Engine(model, chosen.scenes, DYVTE_HEADS=str(Path(chosen.heads).resolve())),
     }
     for engine in engines.values():
         engine.measure(max(CONCURRENCY))  # warms up
