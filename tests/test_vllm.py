@@ -46,13 +46,15 @@ def tiny(folder: Path, kind: type) -> Path:
     """A random LLaVA with another language model, and heads for it that let scenes leave at different layers."""
     config = LlavaConfig.from_pretrained(MLLM)
     sizes = config.text_config.to_dict()
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim", "pad_token_id")
-    config.text_config = kind(
-        num_hidden_layers=6, num_key_value_heads=2, eos_token_id=None, **{name: sizes[name] for name in names}
-    )
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
+    names += ("bos_token_id", "eos_token_id", "pad_token_id")
+    config.text_config = kind(num_hidden_layers=6, num_key_value_heads=2, **{name: sizes[name] for name in names})
     config.text_config.architectures = [kind.__name__.replace("Config", "ForCausalLM")]
     config.dtype = torch.float32
     model = draw_weights(AutoModelForImageTextToText.from_config(config, dtype=torch.float32), spread=0.1)
+    with torch.no_grad():
+        model.lm_head.weight[config.image_token_id] = 0  # no placeholders in answers
+    model.generation_config.eos_token_id = sizes["eos_token_id"]
     processor = AutoProcessor.from_pretrained(MLLM)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")

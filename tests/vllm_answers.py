@@ -34,8 +34,6 @@ class ExitLayers(logging.Handler):
 
 
 def main(model: str, scenes: str, concurrencies: str, output: str) -> None:
-    log = ExitLayers()
-    logging.getLogger("vllm.dyvte").addHandler(log)
     samples = load_samples({"scenes": {"split": "test", "n": int(scenes), "seed": 7}})[:]
     processor = AutoProcessor.from_pretrained(model)
     prompts = [
@@ -47,6 +45,8 @@ def main(model: str, scenes: str, concurrencies: str, output: str) -> None:
     ]
     # A cache too small for 32 requests at once would preempt some; this one holds them.
     llm = LLM(model, dtype="float32", max_model_len=256, max_num_seqs=32, kv_cache_memory_bytes=2**28)
+    log = ExitLayers()
+    logging.getLogger("vllm.dyvte").addHandler(log)  # vLLM has set up its log by now
     greedy, answers = SamplingParams(temperature=0, max_tokens=TOKENS), {}
     for concurrency in map(int, concurrencies.split(",")):
         made = []
