@@ -100,9 +100,9 @@ figures: $(VENV)/installed   ## the README's table and figure, from results/
 reference-mllm: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 reference-mllm: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 reference-mllm: $(VENV)/installed  ## train the reference MLLM from nothing (about an hour on two cores, resumable)
-	$(BIN)/python train/reference_mllm.py --stages vision
-	$(BIN)/torchrun --nproc_per_node 2 train/reference_mllm.py --stages answers
-	$(BIN)/python train/reference_mllm.py --stages report
+	$(BIN)/python -m train.reference_mllm --stage vision
+	$(BIN)/torchrun --nproc_per_node 2 -m train.reference_mllm --stage answers
+	$(BIN)/python -m train.reference_mllm --stage report
 
 benchmarks: $(VENV)/installed ## measure the costs of tracing and exiting on this machine
 	for name in trace_cost prefill stages small_costs; do $(BIN)/python benchmarks/$$name.py || exit 1; done

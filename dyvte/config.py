@@ -1,12 +1,14 @@
 """What a run is told: one dataclass per kind of run, for command lines, YAML files and scripts alike.
 
-Only the standard library is imported here, so that a command line can explain itself at once.
+Nothing heavy is imported here, so that a command line can explain itself at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from dyvte.ranges import Checked, Count, Nonnegative, OpenShare, Positive, Range, Whole
 
 Shard = Literal["none", "zero3", "fsdp2", "tp", "device_map"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -14,23 +16,23 @@ Tracking = Literal["none", "tensorboard", "trackio", "wandb"]
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """The MLLM of a run, and how it lies in memory.
 
     Args:
         model: local folder or hub id of the MLLM.
-        revision: revision of the model on the hub.
+        revision: revision of the model on the hub; the main one if not given.
         adapter: folder or hub id of a peft adapter that is put on the model.
         quantization: settings of ``transformers.BitsAndBytesConfig``, such as ``{load_in_4bit: true}``; models that are
             stored quantised (GPTQ, AWQ) need none.
         shard: how the frozen model lies over the ranks: a copy on each (none), DeepSpeed ZeRO-3, FSDP2, tensor
             parallel, or all devices of one process (device_map).
-        dtype: type to load it in.
+        dtype: type to load it in: float32, bfloat16, float16, or the one it is stored in (auto).
         attention: attention implementation, such as sdpa or flash_attention_2; the model's own if not given.
-        device: cpu, cuda, cuda:1 ...; auto takes the rank's GPU if there is one.
-        loader: ``package.module:function`` that loads models of other code bases, see docs/loaders.md.
+        device: where it runs: cpu, cuda, cuda:1 ..., or the rank's GPU if there is one (auto).
+        loader: the function that loads models of other code bases, as ``package.module:function``, see docs/loaders.md.
         trust_remote_code: run code that comes with the model.
-        threads: CPU threads of each process.
+        threads: CPU threads of each process; torch's choice if not given.
     """
 
     model: str
@@ -43,32 +45,32 @@ class ModelConfig:
     device: str = "auto"
     loader: str | None = None
     trust_remote_code: bool = False
-    threads: int | None = None
+    threads: Count | None = None
 
 
 @dataclass(kw_only=True)
-class TraceSettings:
+class TraceSettings(Checked):
     """How samples are traced.
 
     Args:
-        answers: dense: trace the model's own greedy answer; dataset: the given one.
+        answers: what is traced: the model's own greedy answer (dense), or the given one (dataset).
         batch_size: samples per forward pass.
         max_new_tokens: longest answer; what the data asks for if not given, else 16.
         exits: exit layers to trace, a stride or a list; all if not given.
         unit_size: samples per unit, the most that a restart repeats on a rank.
-        seed: of the order of the samples.
-        on_error: a sample that cannot be used stops the run, or is skipped and noted.
-        max_errors: samples that may be skipped.
+        seed: seed of the order of the samples.
+        on_error: what a sample that cannot be used does: it ends the run (stop), or is left out and noted (skip).
+        max_errors: how many samples may be skipped.
     """
 
     answers: Literal["dense", "dataset"] = "dense"
-    batch_size: int = 8
-    max_new_tokens: int | None = None
+    batch_size: Count = 8
+    max_new_tokens: Count | None = None
     exits: int | list[int] | None = None
-    unit_size: int = 32
+    unit_size: Count = 32
     seed: int = 0
     on_error: Literal["stop", "skip"] = "stop"
-    max_errors: int = 100
+    max_errors: Whole = 100
 
 
 @dataclass(kw_only=True)
@@ -79,7 +81,7 @@ class TraceConfig(ModelConfig, TraceSettings):
         data: what to ask: a YAML file such as configs/data/gqa.yaml, or a mapping.
         output: folder of the traces.
         plan: print what would run and what it would cost, and stop.
-        tracking: where throughput is logged.
+        tracking: where throughput is logged: none, tensorboard, trackio or wandb.
     """
 
     data: str | dict[str, Any]
@@ -89,45 +91,46 @@ class TraceConfig(ModelConfig, TraceSettings):
 
 
 @dataclass(kw_only=True)
-class FitSettings:
+class FitSettings(Checked):
     """How heads are trained.
 
     Args:
-        form: shared, or original: the published one; see :class:`dyvte.ExitHeadsConfig`.
+        form: one head for all layers (shared) or the published one (original), see :class:`dyvte.ExitHeadsConfig`.
         width: inner width of the heads.
-        label_rule: what "the visual tokens can leave" means, see :func:`dyvte.training.fit.exit_labels`.
+        label_rule: what "the visual tokens can leave" means, agreement or original, see
+            :func:`dyvte.training.fit.exit_labels`.
         epochs: passes over the shuffled traces.
         batch_size: traces per step, over all ranks.
         lr: learning rate of AdamW, with a short warm-up and cosine decay.
-        weight_decay: of AdamW.
-        dropout: of the text states.
+        weight_decay: weight decay of AdamW.
+        dropout: dropout of the text states.
         lookahead: how many layers before an exit layer it is decided.
         validation: share of the traces that choose the epoch; they train nothing.
         guard: share of usual samples that the guard lets pass at each layer; null: no guard. The published form has
             none.
-        seed: of the initial weights, the split and the order of the traces.
+        seed: seed of the initial weights, the split and the order of the traces.
         save_every: epochs between states to resume from.
         deepspeed: a DeepSpeed config (ZeRO-1 or ZeRO-2), file or mapping; without one, plain data parallelism.
     """
 
     form: Literal["shared", "original"] = "shared"
-    width: int = 128
+    width: Count = 128
     label_rule: Literal["agreement", "original"] = "agreement"
-    epochs: int = 40
-    batch_size: int = 128
-    lr: float = 2e-3
-    weight_decay: float = 0.05
-    dropout: float = 0.3
-    lookahead: int = 0
-    validation: float = 0.15
-    guard: float | None = 0.99
+    epochs: Count = 40
+    batch_size: Count = 128
+    lr: Positive = 2e-3
+    weight_decay: Nonnegative = 0.05
+    dropout: Annotated[float, Range(least=0, below=1)] = 0.3
+    lookahead: Whole = 0
+    validation: OpenShare = 0.15
+    guard: OpenShare | None = 0.99
     seed: int = 0
-    save_every: int = 1
+    save_every: Count = 1
     deepspeed: str | dict[str, Any] | None = None
 
 
 @dataclass(kw_only=True)
-class OnlineSettings:
+class OnlineSettings(Checked):
     """How heads learn while the model is traced, with no states on the disk.
 
     Args:
@@ -138,25 +141,25 @@ class OnlineSettings:
         save_every: batches between states to resume from.
     """
 
-    buffer: int = 8192
-    updates: int = 16
-    batch_size: int = 128
-    passes: int = 1
-    save_every: int = 32
+    buffer: Count = 8192
+    updates: Count = 16
+    batch_size: Count = 128
+    passes: Count = 1
+    save_every: Count = 32
 
 
 @dataclass(kw_only=True)
-class PromiseSettings:
+class PromiseSettings(Checked):
     """What is promised, and on which samples.
 
     Args:
         alpha: the rate of changed answers to stay below; null: no promise, the threshold is 0.5.
-        delta: 1 - confidence of that promise.
+        delta: how probable it may be that the promise does not hold: 1 - its confidence.
         shared_images: allow held-out questions about images of training.
     """
 
-    alpha: float | None = 0.01
-    delta: float = 0.1
+    alpha: OpenShare | None = 0.01
+    delta: OpenShare = 0.1
     shared_images: bool = False
 
 
@@ -170,8 +173,8 @@ class FitConfig(PromiseSettings):
         output: folder of the heads.
         fit: how the heads are trained.
         plan: print what would run and what it would cost, and stop.
-        tracking: where the loss is logged.
-        threads: CPU threads of each process.
+        tracking: where the loss is logged: none, tensorboard, trackio or wandb.
+        threads: CPU threads of each process; torch's choice if not given.
     """
 
     traces: str | list[str]
@@ -180,7 +183,7 @@ class FitConfig(PromiseSettings):
     fit: FitSettings = field(default_factory=FitSettings)
     plan: bool = False
     tracking: Tracking = "none"
-    threads: int | None = None
+    threads: Count | None = None
 
 
 @dataclass(kw_only=True)
@@ -192,11 +195,11 @@ class TrainConfig(ModelConfig, TraceSettings, PromiseSettings):
         held_out: what to choose the threshold on: other samples, with other images.
         output: folder of the heads.
         work: folder of traces and of states to resume from; runs/NAME-OF-OUTPUT if not given.
-        mode: offline: trace, then learn from the traces; online: learn while tracing, with no states on the disk.
+        mode: trace, then learn from the traces (offline), or learn while tracing, with no states on the disk (online).
         fit: how the heads are trained.
         online: how they are trained online.
         plan: print what would run and what it would cost, and stop.
-        tracking: where throughput and loss are logged.
+        tracking: where throughput and loss are logged: none, tensorboard, trackio or wandb.
     """
 
     data: str | dict[str, Any]
@@ -208,3 +211,42 @@ class TrainConfig(ModelConfig, TraceSettings, PromiseSettings):
     online: OnlineSettings = field(default_factory=OnlineSettings)
     plan: bool = False
     tracking: Tracking = "none"
+
+
+@dataclass(kw_only=True)
+class VTWSettings(Checked):
+    """How VTW (arXiv 2405.05803) chooses its exit layer.
+
+    Args:
+        eta: mean KL divergence of the next token that is allowed, in nats, or the name of a model that it was
+            published for, such as llava-1.5-7b.
+        first: the smallest exit layer to consider.
+        samples: how many traces to average over.
+        seed: which ones.
+    """
+
+    eta: float | str = "llava-1.5-7b"
+    first: Count = 5
+    samples: Count = 20
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class CalibrateConfig(PromiseSettings):
+    """Choose from held-out traces: another threshold for trained heads, or the one exit layer that VTW would take.
+
+    Args:
+        traces: held-out trace folders.
+        policy: what is chosen: the threshold of heads (learned), or one layer for all (vtw).
+        heads: folder of the heads; not needed with policy=vtw.
+        output: folder of the recalibrated heads, in place if not given; with policy=vtw, a JSON file.
+        vtw: how VTW chooses.
+        threads: CPU threads of this process.
+    """
+
+    traces: str | list[str]
+    policy: Literal["learned", "vtw"] = "learned"
+    heads: str | None = None
+    output: str | None = None
+    vtw: VTWSettings = field(default_factory=VTWSettings)
+    threads: Count | None = None

@@ -19,6 +19,7 @@ from PIL import Image
 
 import dyvte.training.write as write
 from dyvte.data import Sample, SampleError, TooManyErrors, dataset_digest
+from dyvte.ranks import Ranks
 from dyvte.training.lock import one_run
 from dyvte.training.plan import Plan
 from dyvte.training.store import load_traces
@@ -92,7 +93,6 @@ def test_a_plan_holds_every_sample_once_and_like_with_like():
     assert [len(unit) for unit in plan.units] == [32] * 31 + [8] and plan == Plan.of(1000, 4, 32, 3, lengths)
     spread = [max(lengths[i] for i in unit) - min(lengths[i] for i in unit) for unit in plan.units]
     assert max(spread) < 100 and plan.units != Plan.of(1000, 4, 32, 4, lengths).units
-    assert sorted(n for rank in range(3) for n in plan.share(rank, 3)) == list(range(32))
     batches = plan.batches([(i, s) for i, s in enumerate(samples(9))])
     assert [[len(s.question) for _, s in batch] for batch in batches] == [[4, 4, 7, 7], [10, 10, 13, 13], [16]]
     for bad in ({"unit_size": 33}, {"batch_size": 0}):
@@ -118,18 +118,27 @@ def test_what_is_loaded_is_what_was_given(mllm, whole):
     assert torch.equal(twice.state[torch.tensor([3])], twice.state[torch.tensor([COUNT + 3])])
 
 
-def killed_after(seconds: float, work) -> bool:
-    """Runs ``work`` in a process of its own and kills that; False if it was done before."""
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        try:
-            work()
-        finally:
-            os._exit(0)
+def started(world: int, meet: Path, work) -> list[int]:
+    """Runs ``work`` in one process for each of so many ranks."""
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            try:
+                work(ranks=Ranks(rank, world, store=torch.distributed.FileStore(str(meet), world)))
+            finally:
+                os._exit(0)
+        children.append(child)
+    return children
+
+
+def killed_after(seconds: float, children: list[int]) -> bool:
+    """Kills all of them; False if one was done before."""
     time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    return all([os.WIFSIGNALED(os.waitpid(child, 0)[1]) for child in children])
 
 
 def test_kills_at_random_points_cost_a_unit_each_and_not_a_bit(mllm, whole, tmp_path, monkeypatch):
@@ -140,14 +149,15 @@ def test_kills_at_random_points_cost_a_unit_each_and_not_a_bit(mllm, whole, tmp_
     draw, kills, finished = random.Random(5), 0, 0
     while kills < 20:
         folder = tmp_path / str(finished)  # a new one where the last was finished too soon
-        world = draw.choice([1, 1, 2, 3])
-        ranks = {"rank": draw.randrange(world), "world_size": world}
-        work = partial(write_traces, *mllm[:2], samples(), folder, **SETTINGS, **ranks)
-        killed = killed_after(draw.random() * takes / 3, work)
-        kills, finished = kills + killed, finished + (not killed and world == 1)
-    for folder in (tmp_path / str(i) for i in range(finished + 1)):
-        for rank in (1, 0):
-            write_traces(*mllm[:2], samples(), folder, **SETTINGS, rank=rank, world_size=2)
+        work = partial(write_traces, *mllm[:2], samples(), folder, **SETTINGS)
+        children = started(draw.choice([1, 1, 2, 3]), tmp_path / f"meet-{kills}-{finished}", work)
+        killed = killed_after(draw.random() * takes / 3, children)
+        kills, finished = kills + killed, finished + (not killed)
+    for number in range(finished + 1):
+        folder = tmp_path / str(number)
+        work = partial(write_traces, *mllm[:2], samples(), folder, **SETTINGS)
+        for child in started(2, tmp_path / f"last-{number}", work):
+            assert os.waitpid(child, 0)[1] == 0
         assert files(folder) == files(whole)
     written = (tmp_path / "log").read_text().split()
     assert len(written) == len(set(written)) == 6 * (finished + 1)  # no finished unit was made again

@@ -1,10 +1,35 @@
-"""Traces on one process or many: ``torchrun --nproc_per_node 8 train/trace.py configs/trace.yaml``."""
+"""Traces of a data set: what every exit layer would do to every answer of a frozen model.
+
+::
+
+    torchrun --nproc_per_node 8 train/trace.py model=MODEL data=train.yaml output=runs/traces/train
+"""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from dyvte.cli.main import main
+from dyvte.cli.arguments import read_arguments
+from dyvte.config import TraceConfig
+from dyvte.data import load_samples, read_config
+from dyvte.loading import load_mllm, needs_group
+from dyvte.ranks import Ranks
+from dyvte.tracking import Tracker
+from dyvte.training.recipes import trace_data
+
+
+def main(config: TraceConfig, ranks: Ranks) -> None:
+    samples = load_samples(read_config(config.data))  # what is wrong with it is said before a model is loaded
+    with Tracker(config.tracking, Path(config.output), vars(config), ranks) as tracker:
+        mllm = load_mllm(config, ranks)
+        trace_data(mllm, config.data, config.output, config, ranks, tracker, samples)
+
 
 if __name__ == "__main__":
-    main(["trace", *sys.argv[1:]])
+    config = read_arguments(TraceConfig, prog="train/trace.py")
+    try:
+        with Ranks.launched(config.device, group=needs_group(config)) as ranks:
+            main(config, ranks)
+    except ValueError as error:
+        sys.exit(f"train/trace.py: {error}")

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import yaml
 
-from dyvte.provenance import atomic_write
 from dyvte.version import __version__
 
 
@@ -253,8 +252,6 @@ def trace(config: dict[str, Any]) -> None:
         template=data.get("template"),
         provenance=data | {"fingerprint": fingerprint(data)},
         **{name: config[name] for name in ("exits", "unit_size", "seed", "on_error", "max_errors")},
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
     )
 
 
@@ -307,8 +304,9 @@ def calibrate(config: dict[str, Any]) -> None:
     traces = load_traces(*as_list(config["traces"]))
     set_threshold(heads, traces, config["alpha"], config["delta"], config["shared_images"])
     heads.save_pretrained(config["output"] or config["heads"])
-    shown = ("alpha", "delta", "samples", "risk", "bound", "mean_exit_layer")
-    print(json.dumps({"threshold": heads.config.threshold} | {k: heads.config.calibration[k] for k in shown}, indent=2))
+    promise = heads.config.promise
+    shown = ("alpha", "delta", "samples", "risk", "bound", "saved")
+    print(json.dumps(promise.setting | {name: getattr(promise, name) for name in shown}, indent=2))
 
 
 def make_policies(described: dict[str, Any], heads: str | None) -> dict[str, Any]:
@@ -355,6 +353,7 @@ def oracle(traces: str | list[str]) -> Any:
 def evaluate(config: dict[str, Any]) -> None:
     from dyvte.data import load_samples
     from dyvte.evaluation.runner import evaluate as run
+    from dyvte.heads import ExitHeads
 
     data = data_config(config)
     policies = make_policies(config["policies"], config["heads"])
@@ -373,19 +372,10 @@ def evaluate(config: dict[str, Any]) -> None:
         config=config | {"data": data},
     )
     if config["heads"] is not None:
-        _write_promise(config["heads"], Path(config["output"]))
+        promise = ExitHeads.from_pretrained(config["heads"]).config.promise
+        if promise is not None:
+            promise.write(config["output"])  # for the report
     print(json.dumps(summary, indent=2))
-
-
-def _write_promise(heads: str, folder: Path) -> None:
-    """Puts what the heads' calibration left beside the results, for the report."""
-    from dyvte.heads import ExitHeads
-
-    found = ExitHeads.from_pretrained(heads).config
-    if found.calibration and "curve" in found.calibration:
-        curve = found.calibration["curve"] | {key: found.calibration[key] for key in ("alpha", "delta")}
-        atomic_write(folder / "curve.json", json.dumps(curve | {"chosen": found.threshold}))
-        atomic_write(folder / "reliability.json", json.dumps(found.calibration["reliability"]))
 
 
 def inspect(config: dict[str, Any]) -> None:

@@ -42,16 +42,18 @@ class TooManyErrors(ValueError):
     """More samples than allowed could not be used.
 
     Attributes:
-        skipped: what was wrong with each of them, as :class:`SampleError`.
+        skipped: what was wrong with each of them, as :class:`SampleError`, as far as this process has read them.
+        total: how many they are.
     """
 
-    def __init__(self, skipped: Sequence[SampleError], allowed: int):
-        super().__init__(skipped, allowed)
+    def __init__(self, skipped: Sequence[SampleError], allowed: int, total: int | None = None):
+        super().__init__(skipped, allowed, total)
         self.skipped, self.allowed = list(skipped), allowed
+        self.total = len(self.skipped) if total is None else total
 
     def __str__(self) -> str:
         last = "; ".join(map(str, self.skipped[-3:]))
         return (
-            f"{len(self.skipped)} samples cannot be used, and max_errors allows {self.allowed}; the last: {last}. "
+            f"{self.total} samples cannot be used, and max_errors allows {self.allowed}; the last: {last}. "
             "Mend the data, or raise max_errors"
         )

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dyvte.promise import FILE as PROMISE
+from dyvte.promise import Promise
+
 DENSE = "dense"
 
 
@@ -40,10 +43,10 @@ class Run:
         others = [name for name in self.policies if name != DENSE]
         return (order or others or [None])[0]
 
-    def read(self, name: str) -> Any:
-        """The content of a JSON file that may lie in the folder; None if there is none."""
-        path = self.folder / name
-        return json.loads(path.read_text()) if path.exists() else None
+    @property
+    def promise(self) -> Promise | None:
+        """The promise that lies in the folder; None if there is none."""
+        return Promise.read(self.folder) if (self.folder / PROMISE).exists() else None
 
 
 def find_runs(directory: Path) -> list[Run]:

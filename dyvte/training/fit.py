@@ -2,55 +2,98 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torchmetrics.functional.classification import binary_accuracy, binary_auroc, binary_calibration_error
-from tqdm.auto import tqdm
 
 from dyvte.config import FitSettings
 from dyvte.heads import ExitHeads, ExitHeadsConfig
+from dyvte.training.epochs import PART, Epochs, Log, split
+from dyvte.training.guard_fit import fit_guard
 from dyvte.training.identity import IDENTITY
+from dyvte.training.labels import check_labels, exit_labels
+from dyvte.training.lock import one_run, run_name
+from dyvte.training.parallel import Ranks
+from dyvte.training.state import TrainingState
 from dyvte.training.store import TraceSet
 
-PART = 512  # traces read at a time
 
-
-def exit_labels(traces: TraceSet, rule: str = "agreement") -> torch.Tensor:
-    """Whether the visual tokens can leave, per sample and exit layer: bool [n, L].
-
-    Args:
-        rule: "agreement": every answer token is the dense model's; "original" (DyVTE): more than 99 % of them are, and
-            the answer's NLL is below 1.03 times the dense one.
-    """
-    if rule == "agreement":
-        return traces.agreement >= 1
-    if rule == "original":
-        return (traces.agreement > 0.99) & (traces.nll[:].float() < 1.03 * traces.dense_nll[:, None])
-    raise ValueError(f"unknown label rule {rule!r}: choose agreement or original")
-
-
-def fit_heads(traces: TraceSet, settings: FitSettings | None = None, progress: bool = True) -> ExitHeads:
+def fit_heads(
+    traces: TraceSet,
+    settings: FitSettings | None = None,
+    progress: bool = True,
+    work: Path | None = None,
+    device: str | torch.device | None = None,
+    log: Log | None = None,
+) -> ExitHeads:
     """Trains heads on traces; the same traces and settings give the same heads.
 
-    States are read a batch at a time, so memory does not grow with the number of traces. Exits that were not traced
-    are not learned, and the heads will not leave there.
+    Where ``torch.distributed`` is at work, all ranks call this with the same traces and get the same heads, but for
+    rounding those of one process. States are read a batch at a time, so memory does not grow with the number of traces.
+    Exits that were not traced are not learned, and the heads will not leave there.
+
+    Args:
+        progress: show a bar, on rank 0.
+        work: a folder for the state of the training. The same call goes on where it was stopped, and ends with the
+            same bits; with another number of ranks, but for rounding.
+        device: where to compute; the current GPU if there is one. The heads that come back are on the CPU.
+        log: called on rank 0 after every epoch, with its number and the losses.
 
     Raises:
-        ValueError: settings that make no heads, too few traces, labels that are all alike, or states or a loss that
-            are not finite.
+        ValueError: settings that make no heads, too few traces, labels that are all alike, states or a loss that are
+            not finite, a state in ``work`` that is damaged or of something else; on all ranks, if on one.
     """
-    settings = settings or FitSettings()
-    source = traces.provenance
+    settings, ranks = settings or FitSettings(), Ranks.here(device)
+    source, size = traces.provenance, traces.state.shape[-1] // 2
+    config = heads_config(source, settings, traces.num_layers, size)
+    with ranks.together():
+        check_labels(traces, config.label_rule, [e - 1 for e in config.decided])
+        record = {"traces": traces_fingerprint(traces), "settings": settings_record(settings)}
+    if any(other != record for other in ranks.gather(record)):
+        raise ValueError("the ranks were given different traces or settings: give all of them the same")
+    with ExitStack() as stack:
+        state = None
+        if work is not None:
+            with ranks.together():
+                Path(work).mkdir(parents=True, exist_ok=True)
+                stack.enter_context(one_run(Path(work), run_name(ranks.size)))
+            state = TrainingState(Path(work), record, ranks)
+        validation, training = split(len(traces), settings)
+        best = Epochs(traces, config, settings, ranks, validation, training).run(state, progress, log)
+    heads = ExitHeads(config)
+    heads.heads.load_state_dict(best.pop("weights"))
+    if heads.guard is not None:
+        fit_guard(heads, *(partial(_parts, traces, index, ranks) for index in (training, validation)), ranks)
+    heads.config.training = {
+        "traces": len(training),
+        "validation_traces": len(validation),
+        **best,
+        "data": source.get("data"),
+        "content": source.get("content"),
+        "answers": source.get("answers"),
+    } | asdict(settings)
+    heads.trained_on = None if traces.content is None else traces.content.sketch()
+    return heads.eval()
+
+
+def heads_config(source: Mapping[str, Any], settings: FitSettings, layers: int, size: int) -> ExitHeadsConfig:
+    """What heads are trained for: the model that traces come from, as their provenance tells.
+
+    Raises:
+        ValueError: there is no exit to decide.
+    """
     config = ExitHeadsConfig(
-        num_layers=traces.num_layers,
-        hidden_size=traces.state.shape[-1] // 2,
+        num_layers=layers,
+        hidden_size=size,
         form=settings.form,
         width=settings.width,
         base_model=source.get("base_model"),
@@ -62,75 +105,34 @@ def fit_heads(traces: TraceSet, settings: FitSettings | None = None, progress: b
         lookahead=settings.lookahead,
         guard=settings.guard if settings.form == "shared" else None,
     )
-    columns = [e - 1 for e in config.decided]
-    labels = exit_labels(traces, settings.label_rule)[:, columns]
-    if len(traces) < 20:
-        raise ValueError(f"{len(traces)} traces are too few to train heads: trace at least some hundred samples")
-    if not columns:
+    if not config.decided:
         raise ValueError(f"no exit was traced that can be decided {settings.lookahead} layers before: choose less")
-    if labels.all() or not labels.any():
-        raise ValueError(
-            "every exit of every sample has the same label, so there is nothing to learn: "
-            f"{'any fixed exit layer keeps all answers' if labels.all() else 'no exit keeps any answer'}"
-        )
-    began = time.perf_counter()
-    generator = torch.Generator().manual_seed(settings.seed)
-    order = torch.randperm(len(traces), generator=generator)
-    held = max(1, round(settings.validation * len(traces)))
-    validation, training = order[:held], order[held:]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        heads = ExitHeads(config)
-        steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
-        optimizer = torch.optim.AdamW(heads.heads.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=steps, pct_start=0.1)
-        best, best_loss, best_epoch = None, math.inf, 0
-        for epoch in tqdm(range(settings.epochs), desc="fit", unit="epoch", disable=not progress):
-            heads.train()
-            for index in training[torch.randperm(len(training), generator=generator)].split(settings.batch_size):
-                state = F.dropout(traces.state[index].float(), settings.dropout)
-                loss = F.binary_cross_entropy_with_logits(heads(state)[:, columns], labels[index].float())
-                _check_finite(loss, traces, index)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-            parts = [logits_of(heads, traces.state[part])[:, columns] for part in validation.split(PART)]
-            loss = log_loss(torch.cat(parts), labels[validation]).mean().item()
-            if loss < best_loss:
-                best, best_loss, best_epoch = {k: v.clone() for k, v in heads.state_dict().items()}, loss, epoch + 1
-        heads.load_state_dict(best)
-    if heads.guard is not None:
-        heads.guard.fit(*(partial(_parts, heads, traces, i) for i in (training, validation)), settings.guard)
-    heads.config.training = {
-        "traces": len(training),
-        "validation_traces": held,
-        "best_epoch": best_epoch,
-        "validation_log_loss": best_loss,
-        "seconds": round(time.perf_counter() - began, 1),
-        "data": source.get("data"),
-        "content": source.get("content"),
-        "answers": source.get("answers"),
-    } | asdict(settings)
-    heads.trained_on = None if traces.content is None else traces.content.sketch()
-    return heads.eval()
+    return config
 
 
-@torch.no_grad()
-def _parts(heads: ExitHeads, traces: TraceSet, index: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What the guard looks at: features and mean visual tokens, part by part."""
-    for part in index.split(PART):
-        yield heads.features(traces.state[part]), traces.visual[part].float()
+def settings_record(settings: FitSettings) -> dict[str, Any]:
+    """What of the settings determines the heads."""
+    record = asdict(settings)
+    del record["save_every"]
+    if isinstance(settings.deepspeed, str):
+        record["deepspeed"] = json.loads(Path(settings.deepspeed).read_text())
+    return record
 
 
-def _check_finite(loss: torch.Tensor, traces: TraceSet, index: torch.Tensor) -> None:
-    if bool(loss.isfinite()):
-        return
-    bad = [i for i in index.tolist() if not bool(traces.state[i].isfinite().all())]
-    if bad:
-        names = ", ".join(repr(traces.rows[i]["id"]) for i in bad)
-        raise ValueError(f"the states of sample {names} are not finite: leave them out, or trace again in bfloat16")
-    raise ValueError("the loss is no longer finite though all states are: choose a smaller lr")
+def traces_fingerprint(traces: TraceSet) -> str:
+    """Changes with what traces are of and what they say; not with where they lie."""
+    source, names = traces.provenance, (*IDENTITY, "exits", "min_layer", "answers", "max_new_tokens", "batch_size")
+    about = {name: source.get(name) for name in (*names, "content" if "content" in source else "data")}
+    digest = hashlib.sha256(json.dumps([about, list(traces.state.shape)], sort_keys=True, default=str).encode())
+    for start in range(0, len(traces), PART):
+        digest.update(traces.agreement[start : start + PART].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _parts(traces: TraceSet, index: torch.Tensor, ranks: Ranks) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What the guard looks at: this rank's states and mean visual tokens, part by part."""
+    for part in index.split(PART)[ranks.rank :: ranks.size]:
+        yield traces.state[part], traces.visual[part]
 
 
 @torch.no_grad()

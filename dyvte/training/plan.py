@@ -76,10 +76,6 @@ class Plan:
         order = sorted(samples, key=size)
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
-    def share(self, rank: int, world_size: int) -> list[int]:
-        """The units of one rank."""
-        return list(range(len(self.units)))[rank::world_size]
-
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

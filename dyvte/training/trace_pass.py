@@ -52,6 +52,7 @@ class Trace:
         kl: float32 [batch, L], KL(exit || dense) of the next token at the last prompt position, nats (the criterion of
             VTW, arXiv 2405.05803).
         dense_nll: float32 [batch].
+        text_tokens, visual_tokens: long [batch], how many of each the prompt has.
     """
 
     state: torch.Tensor
@@ -60,6 +61,8 @@ class Trace:
     nll: torch.Tensor
     kl: torch.Tensor
     dense_nll: torch.Tensor
+    text_tokens: torch.Tensor
+    visual_tokens: torch.Tensor
 
     def to(self, device: str | torch.device) -> Trace:
         return Trace(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
@@ -171,7 +174,10 @@ class TracePass(PromptPass):
             raise TraceError(_rows(~state.isfinite().flatten(1).all(1)), f"text states that are not finite: {_REMEDY}")
         if not bool(self.visual.isfinite().all()):
             raise TraceError(_rows(~self.visual.isfinite().all(1)), f"visual tokens that are not finite: {_REMEDY}")
-        return Trace(state, self.visual.to(logits.device), agreement, nll, kl, nll[:, -1])
+        prompt = self.prompt
+        text = prompt.text if prompt.answer is None else prompt.text & ~prompt.answer
+        counts = [tokens.sum(1).to(logits.device) for tokens in (text, prompt.visual)]
+        return Trace(state, self.visual.to(logits.device), agreement, nll, kl, nll[:, -1], *counts)
 
     def _measure(self, head: TraceHead, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Agreement, NLL and KL of some samples: float32 [n, exits + 1] each, the dense model last."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 
 from dyvte.data import GREEDY, Sample, encode
+from dyvte.runtime.calls import VisualMask
 from dyvte.runtime.decoder import visual_tokens
-from dyvte.runtime.locate import underlying_model
+from dyvte.runtime.locate import underlying_model, without_engine
 from dyvte.training.trace import trace_batch
 from dyvte.training.trace_pass import TraceError
 
@@ -25,31 +27,37 @@ def trace_samples(
     max_new_tokens: int = 16,
     template: str | None = None,
     exits: int | Sequence[int] | None = None,
+    visual_mask: VisualMask | None = None,
+    decoder: str | nn.Module | None = None,
+    together: bool = False,
 ) -> list[dict[str, Any]]:
     """The rows of one batch, see :mod:`dyvte.training.units` for their columns.
+
+    Args:
+        visual_mask, decoder: as in :func:`dyvte.attach`.
+        together: other ranks share the model's weights, and generate at the same time.
 
     Raises:
         ValueError: samples that cannot be traced, by their ids.
     """
-    inputs = encode(processor, samples, template).to(model.device, model.dtype)
+    model = without_engine(model)
+    device = next((w.device for w in model.parameters() if not w.is_meta), torch.device("cpu"))
+    inputs = encode(processor, samples, template).to(device, model.dtype)
     tokenizer = processor.tokenizer
-    length = inputs["input_ids"].shape[1]
     if answers == "dense":
-        with torch.no_grad():
-            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)[:, length:]
+        ids = _greedy_answers(model, inputs, max_new_tokens, together)
     else:
         rows = [tokenizer(sample.answers[0], add_special_tokens=False).input_ids for sample in samples]
         rows = [row + [tokenizer.eos_token_id] for row in rows]
         pad = max(map(len, rows))
-        ids = torch.tensor([row + [-100] * (pad - len(row)) for row in rows], device=model.device)
-    answer = _answer_mask(ids, model.generation_config.eos_token_id)
+        ids = torch.tensor([row + [-100] * (pad - len(row)) for row in rows], device=device)
+    answer = answer_mask(ids, model.generation_config.eos_token_id)
     traced = append_answer(inputs, ids, answer)
     try:
-        trace = trace_batch(model, traced, exits=exits)
+        trace = trace_batch(model, traced, visual_mask, decoder, exits)
     except TraceError as error:
         names = ", ".join(repr(samples[row].id) for row in error.rows)
         raise ValueError(f"sample {names}: {error.reason}") from error
-    full, text = prompt_lengths(model, inputs)
     return [
         {
             "id": sample.id,
@@ -57,8 +65,8 @@ def trace_samples(
             "question": sample.question,
             "answers": sample.answers,
             "traced_answer": tokenizer.decode(ids[i][answer[i]], skip_special_tokens=True).strip(),
-            "text_tokens": int(text[i]),
-            "visual_tokens": int(full[i] - text[i]),
+            "text_tokens": int(trace.text_tokens[i]),
+            "visual_tokens": int(trace.visual_tokens[i]),
             "state": _half(trace.state[i]).flatten().cpu().numpy(),
             "visual": _half(trace.visual[i]).cpu().numpy(),
             "agreement": trace.agreement[i].cpu().numpy(),
@@ -70,13 +78,28 @@ def trace_samples(
     ]
 
 
+@torch.no_grad()
+def _greedy_answers(model: nn.Module, inputs: dict[str, Any], max_new_tokens: int, together: bool) -> torch.Tensor:
+    """The tokens after each prompt, [batch, answer length]."""
+    prompt, given = inputs["input_ids"], dict(inputs)
+    takes = inspect.signature(underlying_model(model).generate).parameters
+    if "inputs" in takes and "generation_config" not in takes:  # LLaVA's code base knows no other name
+        given["inputs"] = given.pop("input_ids")
+    settings = GREEDY | {"max_new_tokens": max_new_tokens} | ({"synced_gpus": True} if together else {})
+    ids = model.generate(**given, **settings)
+    length = prompt.shape[1]
+    # Models that make embeddings of the prompt themselves return the answer alone.
+    with_prompt = ids.shape[1] >= length and torch.equal(ids[:, :length], prompt)
+    return ids[:, length:] if with_prompt else ids
+
+
 def _half(states: torch.Tensor) -> torch.Tensor:
     """In half precision; what is too large for it is cut off there, which keeps directions where infinity would not."""
     limit = torch.finfo(torch.float16).max
     return states.clamp(-limit, limit).half()
 
 
-def _answer_mask(ids: torch.Tensor, eos: int | list[int] | None) -> torch.Tensor:
+def answer_mask(ids: torch.Tensor, eos: int | list[int] | None) -> torch.Tensor:
     """True up to and including the first end-of-sequence token of each answer."""
     if eos is None:
         return ids >= 0

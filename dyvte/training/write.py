@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,14 +21,18 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from dyvte.data import Readable, Sample, SampleError, TooManyErrors, image_digest, sample_digest
+from dyvte.data import Readable, Sample, SampleError, TooManyErrors, sample_digest
+from dyvte.loading import sharing
 from dyvte.provenance import claim, write_json
+from dyvte.ranks import Ranks
+from dyvte.runtime.calls import VisualMask
 from dyvte.runtime.decoder import DecoderSpec
 from dyvte.training.identity import PROVENANCE, check_same, trace_record
 from dyvte.training.lock import one_run, run_name
 from dyvte.training.plan import MAX_UNIT, PLAN, Plan
+from dyvte.training.rounds import Rounds
 from dyvte.training.tracer import ANSWERS, trace_samples
-from dyvte.training.units import DamagedUnit, Manifest, read_manifest, verify_unit, write_unit
+from dyvte.training.units import DamagedUnit, read_manifest, verify_unit, write_unit
 
 
 def write_traces(
@@ -42,74 +46,97 @@ def write_traces(
     max_new_tokens: int = 16,
     template: str | None = None,
     exits: int | Sequence[int] | None = None,
+    visual_mask: VisualMask | None = None,
+    decoder: str | nn.Module | None = None,
     provenance: dict[str, Any] | None = None,
     unit_size: int = MAX_UNIT,
     seed: int = 0,
     on_error: str = "stop",
     max_errors: int = 100,
-    rank: int = 0,
-    world_size: int = 1,
+    ranks: Ranks | None = None,
+    report: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Traces every sample, in units that ranks share and that a restart does not repeat.
 
-    A run that goes on compares every finished unit with its manifest and its samples; what is damaged is named and
-    made again. It may have another number of ranks.
+    A run that goes on compares every finished unit with its manifest and its samples, which it reads again for that;
+    what is damaged is named and made again. It may have another number of ranks. Ranks that share the weights of the
+    model take equally many steps.
 
     Args:
         answers: "dense" traces the model's own greedy answer, so that full agreement means that greedy decoding with
             that exit gives the identical answer; "dataset" traces the first given answer.
         exits: which exit layers to trace, see :func:`dyvte.trace_batch`.
+        visual_mask, decoder: as in :func:`dyvte.attach`, for models of other code bases.
         provenance: what the samples come from, such as the data config, for the record.
         unit_size: samples per unit, the most that a kill costs each rank.
         seed: of the order of the samples.
         on_error: what to do about a sample that cannot be used: "stop" or "skip", see :class:`dyvte.data.Readable`.
-        max_errors: how many samples a rank may skip, those of earlier runs included.
+        max_errors: how many samples may be skipped, by all ranks, those of earlier runs included.
+        ranks: who shares the work; this process alone if not given.
+        report: called on the first rank, now and then, with how many samples are traced and how many there are.
 
     Raises:
         ValueError: wrong settings, no samples, a folder that holds traces of something else or that another run is
             working in, or a disk that does not take what is written.
         SampleError, TooManyErrors: samples that cannot be used.
+        RankError: any of this on another rank.
     """
     if answers not in ANSWERS:
         raise ValueError(f"answers must be one of {', '.join(ANSWERS)}, not {answers!r}")
     if len(samples) == 0:
         raise ValueError("there are no samples to trace: check the data config")
+    ranks = Ranks() if ranks is None else ranks
     lengths = getattr(samples, "lengths", None)
     plan = Plan.of(len(samples), batch_size, unit_size, seed, lengths)
-    readable = Readable(_Traceable(samples, answers), on_error, max_errors)
-    folder, spec = Path(folder), DecoderSpec.of(model)
+    readable = Readable(Traceable(samples, answers), on_error, max_errors)
+    folder, spec = Path(folder), DecoderSpec.of(model, decoder)
     record = trace_record(spec, processor, samples, plan, answers, max_new_tokens, template, exits)
     record["data"] = provenance or {}
+    shared = sharing(model)
+    run = partial(
+        trace_samples,
+        model,
+        processor,
+        answers=answers,
+        max_new_tokens=max_new_tokens,
+        template=template,
+        exits=exits,
+        visual_mask=visual_mask,
+        decoder=decoder,
+        together=shared == "weights" and ranks.world_size > 1,
+    )
     with ExitStack() as stack:
         with _faults_of(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(one_run(folder, run_name(world_size)))
-            share = plan.share(rank, world_size)
-            _sweep(folder, share, rank)
-            claim(folder / PROVENANCE, record, partial(check_same, folder), write=rank == 0)
-            if rank == 0:
+            stack.enter_context(one_run(folder, run_name(ranks)))
+            if ranks.first:
+                _sweep(folder)
+                claim(folder / PROVENANCE, record, partial(check_same, folder))
                 write_json(folder / PLAN, plan.as_dict())
-        todo = _unfinished(folder, plan, share, readable, progress=rank == 0)
-        title = "trace" if world_size == 1 else f"trace (share of rank 0 of {world_size})"
-        total = sum(len(plan.units[number]) for number in share)
-        bar = stack.enter_context(tqdm(total=total, desc=title, unit="sample", disable=rank != 0))
-        bar.update(total - sum(len(plan.units[number]) for number in todo))
-        for number in todo:
-            read = list(readable.at(plan.units[number]))
-            rows: dict[int, dict[str, Any]] = {}
-            for batch in plan.batches(read):
-                asked = [sample for _, sample in batch]
-                found = trace_samples(model, processor, asked, answers, max_new_tokens, template, exits)
-                rows |= {index: row for (index, _), row in zip(batch, found)}
-                bar.update(len(batch))
-            bar.update(len(plan.units[number]) - len(read))
-            with _faults_of(folder):
-                manifest = _manifest(plan.units[number], read, readable)
-                write_unit(folder, number, [rows[index] for index in manifest.index], manifest)
+            ranks.wait()
+            claim(folder / PROVENANCE, record, partial(check_same, folder), write=False)
+        todo = _unfinished(folder, plan, readable, ranks)
+        finished = len(samples) - sum(len(plan.units[number]) for number in todo)
+        title = f"trace {folder.name}"
+        bar = tqdm(total=len(samples), initial=finished, desc=title, unit="sample", disable=not ranks.first)
+        stack.enter_context(bar)
+        traced = ranks.counter()
+        for unit in Rounds(plan, todo, readable, ranks, shared).run(run):
+            if unit.number is not None:
+                with _faults_of(folder):
+                    write_unit(folder, unit.number, unit.rows, unit.manifest)
+            done = finished + traced(unit.samples)
+            if ranks.first:
+                bar.update(done - bar.n)
+                if report is not None:
+                    report(done, len(samples))
+        ranks.wait()
+        if ranks.first:
+            bar.update(len(samples) - bar.n)
     return folder
 
 
-class _Traceable(Sequence[Sample]):
+class Traceable(Sequence[Sample]):
     """Samples, of which those that no trace can be made of are damaged."""
 
     def __init__(self, samples: Sequence[Sample], answers: str):
@@ -128,26 +155,16 @@ class _Traceable(Sequence[Sample]):
         return sample
 
 
-def _manifest(planned: Sequence[int], read: Sequence[tuple[int, Sample]], readable: Readable) -> Manifest:
-    images = [[image_digest(image) for image in sample.images] for _, sample in read]
-    return Manifest(
-        index=[index for index, _ in read],
-        ids=[sample.id for _, sample in read],
-        digests=[sample_digest(sample, some) for (_, sample), some in zip(read, images)],
-        images=images,
-        answers=[list(sample.answers) for _, sample in read],
-        skipped=[one for one in readable.record() if one["index"] in set(planned)],
-    )
+def _unfinished(folder: Path, plan: Plan, readable: Readable, ranks: Ranks) -> list[int]:
+    """The units that are missing or damaged, the same on all ranks; what finished ones skipped counts as skipped.
 
-
-def _unfinished(folder: Path, plan: Plan, share: Sequence[int], readable: Readable, progress: bool) -> list[int]:
-    """The units of a rank that are missing or damaged; what finished ones skipped counts as skipped.
+    Every rank looks at its share of the units.
 
     Raises:
         ValueError: a finished unit is about samples that have changed since.
     """
     todo, finished = [], []
-    for number in share:
+    for number in range(ranks.rank, len(plan.units), ranks.world_size):
         try:
             manifest = read_manifest(folder, number, plan.units[number])
             if manifest is None:
@@ -158,9 +175,9 @@ def _unfinished(folder: Path, plan: Plan, share: Sequence[int], readable: Readab
         except DamagedUnit as error:
             warnings.warn(f"{error}; unit {number} is made again", stacklevel=3)
             todo.append(number)
-    for manifest in tqdm(finished, desc="compare with the data", unit="unit", disable=not (progress and finished)):
-        for one in manifest.skipped:
-            readable.skipped[one["index"]] = SampleError(one["id"], one["file"], one["reason"])
+    skipped = [one for manifest in finished for one in manifest.skipped]
+    quiet = not (ranks.first and finished)
+    for manifest in tqdm(finished, desc="compare with the data", unit="unit", disable=quiet):
         now = {index: sample for index, sample in readable.at(manifest.index)}
         changed = [
             name
@@ -172,18 +189,18 @@ def _unfinished(folder: Path, plan: Plan, share: Sequence[int], readable: Readab
                 f"{len(changed)} samples of {folder} have another image, text or answer than when they were traced, "
                 f"such as {changed[0]!r}: bring the old data back, or choose another folder"
             )
+    looked_at = ranks.gather([todo, skipped])
+    for one in (one for _, some in looked_at for one in some):
+        readable.skipped[one["index"]] = SampleError(one["id"], one["file"], one["reason"])
     if len(readable.skipped) > readable.max_errors:
         raise TooManyErrors(list(readable.skipped.values()), readable.max_errors)
-    return sorted(todo)
+    return sorted(number for some, _ in looked_at for number in some)
 
 
-def _sweep(folder: Path, share: Sequence[int], rank: int) -> None:
-    """Removes what killed writers left of the files that only this rank writes."""
-    mine = {f"{number:06d}{suffix}" for number in share for suffix in (".arrow", ".json")}
-    mine |= {PROVENANCE, PLAN} if rank == 0 else set()
+def _sweep(folder: Path) -> None:
+    """Removes what killed writers left; the folder is ours, and nobody writes yet."""
     for path in (*folder.glob(".*-*-*"), *folder.glob("units/.*-*-*")):
-        if path.name.split("-", 2)[2] in mine:
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,0 +1,102 @@
+"""What the commands are told that look at results, beside the runs of :mod:`dyvte.config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dyvte.config import ModelConfig
+from dyvte.ranges import Checked, Count
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(ModelConfig):
+    """Ask held-out questions, dense and with every policy: score, agreement, exit layers, compute and time saved.
+
+    Args:
+        data: what to ask: a YAML file such as configs/data/pope.yaml, or a mapping.
+        output: folder of the results.
+        heads: folder or hub id of exit heads, for learned policies.
+        policies: what to compare with the dense model, each name with its settings: learned {threshold, min_layer,
+            heads}, fixed-6 {layer}, random {p, seed}, oracle {traces}, vtw {traces, eta, first}, fastv-50 or prune-50
+            {layer, keep}, or any of dyvte.methods.METHODS. The part of a name before the first dash says what it is;
+            ``exit: {fixed: {layer: 6}}`` among the settings lets what is left leave later.
+        batch_size: samples per forward pass, also where time is measured.
+        max_new_tokens: longest answer; what the data asks for if not given, else 16.
+        metric: how answers are scored; what the data asks for if not given, else exact_match.
+        json: print the whole summary as JSON, instead of a table.
+    """
+
+    data: str | dict[str, Any]
+    output: str
+    heads: str | None = None
+    policies: dict[str, Any] = field(default_factory=lambda: {"learned": {}})
+    batch_size: Count = 8
+    max_new_tokens: Count | None = None
+    metric: str | None = None
+    json: bool = False
+
+
+@dataclass(kw_only=True)
+class InspectConfig(ModelConfig):
+    """Look into a model layer by layer: where its text tokens look, what every exit would change, how fast the text
+    state changes. Writes numbers and one figure.
+
+    Args:
+        data: what to ask: a YAML file such as configs/data/pope.yaml, or a mapping.
+        output: folder of the numbers and the figure.
+        batch_size: samples per forward pass.
+        max_new_tokens: longest answer; what the data asks for if not given, else 16.
+    """
+
+    data: str | dict[str, Any]
+    output: str
+    batch_size: Count = 8
+    max_new_tokens: Count | None = None
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """Turn the results of ``dyvte evaluate`` into one self-contained HTML page and pictures.
+
+    Args:
+        directory: folder of the results.
+    """
+
+    directory: str
+
+
+@dataclass(kw_only=True)
+class ConvertConfig:
+    """Turn gates that the original DyVTE code has trained into exit heads that decide the same.
+
+    Args:
+        weights: safetensors or torch file with ``model.visual_gates_router.{i}.w1.weight`` and ``.w2.weight``.
+        base_model: hub id or folder of the model they were trained for.
+        output: folder of the heads.
+    """
+
+    weights: str
+    base_model: str
+    output: str
+
+
+@dataclass(kw_only=True)
+class DemoConfig(Checked):
+    """Answer held-out questions with the reference MLLM, dense and with exits: a table and a picture.
+
+    Args:
+        model: folder of the reference MLLM; the one that came with dyvte if not given.
+        heads: folder of its exit heads; those that came with dyvte if not given.
+        per_kind: questions of each kind, timed as one batch.
+        repeats: timed runs of every batch, dense and with exits in turn.
+        output: folder of the picture and the numbers.
+        threads: CPU threads of this process.
+    """
+
+    model: str | None = None
+    heads: str | None = None
+    per_kind: Count = 32
+    repeats: Count = 5
+    output: str = "runs/demo"
+    threads: Count = 1
