@@ -55,7 +55,7 @@ def online(traces: TraceSet, settings: FitSettings, buffer: int) -> ExitHeads:
         columns = {name: getattr(traces, name)[torch.tensor(batch)] for name in TENSORS}
         columns["state"] = columns["state"].flatten(1)
         rows = [{name: columns[name][row].numpy() for name in TENSORS} for row in range(len(batch))]
-        return [row | {"id": str(i)} for row, i in zip(rows, batch)]
+        return [row | {"id": str(i), "dense_nll": float(row["dense_nll"])} for row, i in zip(rows, batch)]
 
     def stream(indices: torch.Tensor) -> Stream:
         sizes = {"round_size": how.round_size, "batch_size": how.round_size, "seed": settings.seed}
