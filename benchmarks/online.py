@@ -11,9 +11,11 @@ where they would be traced.
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from dyvte.training.write import write_traces
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "checkpoints/reference-mllm"
+Way = Callable[[TraceSet, FitSettings], ExitHeads]
 OFFLINE, ONLINE = FitSettings(epochs=30), OnlineSettings()
 
 
@@ -46,10 +49,10 @@ def traced(name: str, split: str, count: int, seed: int) -> TraceSet:
     return load_traces(write_traces(model, AutoProcessor.from_pretrained(MODEL), samples, folder, batch_size=32))
 
 
-def online(traces: TraceSet, settings: FitSettings, buffer: int) -> ExitHeads:
+def online(traces: TraceSet, settings: FitSettings, **changes: int) -> ExitHeads:
     """What ``train_online`` does once the samples are known to be held out."""
     config = heads_config(traces.provenance, settings, traces.num_layers, traces.state.shape[-1] // 2)
-    group, how = Group.here(), replace(ONLINE, buffer=buffer)
+    group, how = Group.here(), replace(ONLINE, **changes)
 
     def trace(batch: Sequence[int]) -> list[dict[str, Any]]:
         columns = {name: getattr(traces, name)[torch.tensor(batch)] for name in TENSORS}
@@ -73,10 +76,13 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=1200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--buffers", type=int, nargs="+", default=[512, 8192], help="traces kept to learn from again")
+    parser.add_argument("--updates", type=int, nargs="+", default=[ONLINE.updates], help="steps after each round")
     given = parser.parse_args()
     torch.set_num_threads(1)
     train, held_out = traced("train", "train", given.train, 51), traced("held-out", "dev", given.held_out, 52)
-    ways = {"offline": fit_offline} | {f"online, buffer {size}": online_with(size) for size in given.buffers}
+    ways: dict[str, Way] = {"offline": fit_heads}
+    for buffer, updates in itertools.product(given.buffers, given.updates):
+        ways[f"online, buffer {buffer}, {updates} updates"] = partial(online, buffer=buffer, updates=updates)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for seed in range(given.seeds):
         for name, way in ways.items():
@@ -100,14 +106,6 @@ def main() -> None:
         },
     }
     record("online", result)
-
-
-def fit_offline(traces: TraceSet, settings: FitSettings) -> ExitHeads:
-    return fit_heads(traces, settings)
-
-
-def online_with(buffer: int) -> Any:
-    return lambda traces, settings: online(traces, settings, buffer)
 
 
 if __name__ == "__main__":

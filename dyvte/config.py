@@ -136,8 +136,8 @@ class FitSettings(Checked):
 class OnlineSettings(Checked):
     """How heads learn while the model is traced, with no states of training on the disk.
 
-    What counts is updates / round_size, the steps for every sample that is traced. Rounds should be as large as all
-    ranks trace at once, or a multiple.
+    Each trace is learned from updates * batch_size / round_size times, on average. Rounds should be as large as what
+    all ranks trace at once, or a multiple.
 
     Args:
         buffer: the latest traces that are kept in memory to learn from again, over all ranks.
@@ -145,12 +145,12 @@ class OnlineSettings(Checked):
         updates: steps of each such turn.
         batch_size: traces per step, over all ranks.
         passes: how often the data is traced.
-        save_every: rounds between states to resume from.
+        save_every: rounds between states to resume from, and between looks at the validation loss.
     """
 
     buffer: Count = 8192
     round_size: Count = 64
-    updates: Count = 64
+    updates: Count = 16
     batch_size: Count = 128
     passes: Count = 1
     save_every: Count = 8
