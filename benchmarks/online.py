@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -93,7 +94,7 @@ def main() -> None:
         for name, rows in found.items()
     }
     result = {
-        "command": "python benchmarks/online.py",
+        "command": " ".join(["python benchmarks/online.py", *sys.argv[1:]]),
         "train": len(train),
         "held_out": len(held_out),
         "weights": train.provenance["weights"],

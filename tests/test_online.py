@@ -43,7 +43,7 @@ def test_from_a_model_to_heads_with_a_promise(mllm, tmp_path, monkeypatch):  # n
     heads = train_online(*given, **SHORT)
     training = heads.config.training
     assert (training["traces"], training["validation_traces"], training["steps"]) == (32, 8, 24)
-    assert heads.config.calibration["samples"] == 30 and heads.config.calibration["bound"] <= 0.5
+    assert heads.config.calibration["samples"] == 30 and heads.config.calibration["alpha"] == 0.5
     assert heads.config.identity == {n: load_traces(tmp_path / "held-out").provenance[n] for n in heads.config.identity}
     assert heads.guard.radius.isfinite().all() and len(heads.trained_on["samples"]) == 40
     monkeypatch.setattr(Stream, "run", None)  # all is done

@@ -66,10 +66,11 @@ def train_online(
     moments, not the traces to learn from: a run that goes on traces the latest ``online.buffer`` samples again. On
     other numbers of ranks the heads are the same but for rounding.
 
-    The last step's weights are kept; ``settings.epochs``, ``batch_size`` and ``save_every`` play no part. A share
-    ``settings.validation`` of the samples, but 2,048 at most, trains nothing: it sets the guard's radii, and its loss
-    is noted. Mean and spread of the guard come from the traces that are in the buffer at the end. The held-out samples
-    are traced last, into ``work``, so that calibrating them is what it is for traces on the disk.
+    A share ``settings.validation`` of the samples, but 2,048 at most, trains nothing: they are traced first and stay in
+    memory, choose the weights that are kept, every ``online.save_every`` rounds, and set the guard's radii. Mean and
+    spread of the guard come from the traces that are in the buffer at the end. ``settings.epochs``, ``batch_size`` and
+    ``save_every`` play no part. The held-out samples are traced last, into ``work``, so that calibrating them is what
+    it is for traces on the disk.
 
     Args:
         samples, held_out: what to train on, and what to calibrate on, which is not looked at without a
@@ -124,7 +125,7 @@ def train_online(
     record = {
         "traces": {name: source[name] for name in names},
         "settings": settings_record(settings),
-        "online": {name: value for name, value in asdict(online).items() if name != "save_every"},
+        "online": asdict(online),
     }
     with ExitStack() as stack:
         run = group.run

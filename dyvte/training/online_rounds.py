@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,8 @@ class OnlineRounds:
     ):
         self.config, self.settings, self.online, self.group = config, settings, online, group
         self.training, self.validation = training, validation
-        self.replay = Replay(online.buffer, config)
+        self.replay, self.unseen = Replay(online.buffer, config), Replay(VALIDATION, config)
+        self.best: dict[str, Any] = {"best_round": 0, "validation_log_loss": math.inf}
         self.steps = len(training) * online.updates
         self.learner = make_learner(new_heads(config, settings.seed), settings, self.steps, group)
         self.labels = torch.zeros(2, dtype=torch.long)  # how many there were: all, and those of exits that keep answers
@@ -58,6 +60,9 @@ class OnlineRounds:
             done = saved[0]["round"]
             self.learner.restore(*saved)
             self.labels = torch.tensor(saved[0]["labels"])
+            self.best = saved[0]["best"] | {"weights": weights_of(saved[1], "best.")}
+        for number in range(len(self.validation)):
+            self.unseen.add(self._examples(self.validation, number), self.validation.seen(number + 1))
         bar = tqdm(total=rounds, initial=done, desc="train", unit="round", disable=not progress or self.group.rank > 0)
         for number in range(self._first(done), rounds):
             self._trace(number, again=number < done)
@@ -65,8 +70,8 @@ class OnlineRounds:
                 continue
             losses = [self._step(number, update) for update in range(self.online.updates)]
             if (number + 1) % self.online.save_every == 0 or number + 1 == rounds:
-                told = {"round": number + 1, "labels": self.labels.tolist()} | self.learner.progress()
-                state.save(number + 1, told, self.learner.tensors())
+                self._judge(number + 1)
+                self._save(state, number + 1)
             if log is not None and self.group.rank == 0:
                 log(number + 1, {"loss": sum(losses) / len(losses)})
             bar.update()
@@ -77,6 +82,12 @@ class OnlineRounds:
         tensors = {f"heads.{name}": tensor for name, tensor in heads.state_dict().items()}
         state.save(rounds + 1, {"round": rounds, "training": heads.config.training}, tensors)
         return heads
+
+    def _save(self, state: TrainingState, number: int) -> None:
+        best = dict(self.best)
+        weights = {f"best.{name}": weight for name, weight in best.pop("weights").items()}
+        told = {"round": number, "labels": self.labels.tolist(), "best": best} | self.learner.progress()
+        state.save(number, told, weights | self.learner.tensors())
 
     def _first(self, done: int) -> int:
         """The round to begin with, so that the buffer is what it was after so many."""
@@ -99,28 +110,34 @@ class OnlineRounds:
         return self.learner.step(*self.replay.draw(self.online.batch_size, seed))
 
     @torch.no_grad()
-    def _finish(self) -> ExitHeads:
-        """The heads as they are after the last step, their validation loss, and their guard."""
-        heads, group = ExitHeads(self.config), self.group
-        heads.heads.load_state_dict({k: v.cpu() for k, v in self.learner.heads.heads.state_dict().items()})
+    def _judge(self, number: int) -> None:
+        """Keeps the weights if the validation loss is the least so far."""
+        heads, group, sums = self.learner.heads, self.group, torch.zeros(2, dtype=torch.double)
         heads.eval()
-        unseen = Replay(VALIDATION, self.config)
-        for number in range(len(self.validation)):
-            unseen.add(self._examples(self.validation, number), self.validation.seen(number + 1))
-        columns, sums = [e - 1 for e in self.config.decided], torch.zeros(2, dtype=torch.double)
-        for one in unseen.examples.values():
-            logits = heads(one.state[None])[0, columns].double()
-            sums += torch.tensor([F.binary_cross_entropy_with_logits(logits, one.labels.double()), 1.0])
+        columns, examples = [e - 1 for e in self.config.decided], list(self.unseen.examples.values())
+        for start in range(0, len(examples), PART):
+            part = examples[start : start + PART]
+            logits = heads(torch.stack([one.state for one in part]).to(group.device))[:, columns].double().cpu()
+            labels = torch.stack([one.labels for one in part]).double()
+            loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(columns)
+            sums += torch.tensor([float(loss), len(part)])
         loss, count = group.sum(sums).tolist()
         if not math.isfinite(loss):
-            bad = [one.id for one in unseen.examples.values() if not bool(one.state.isfinite().all())]
+            bad = [one.id for one in examples if not bool(one.state.isfinite().all())]
             refuse([name for some in group.gather(bad) for name in some])
+        if loss / count < self.best["validation_log_loss"]:
+            weights = {k: v.cpu().clone() for k, v in heads.heads.state_dict().items()}
+            self.best = {"best_round": number, "validation_log_loss": loss / count, "weights": weights}
+
+    def _finish(self) -> ExitHeads:
+        """The best heads, and their guard."""
+        heads, best = ExitHeads(self.config), dict(self.best)
+        heads.heads.load_state_dict(best.pop("weights"))
         if heads.guard is not None:
-            fit_guard(heads, partial(self.replay.parts, PART), partial(unseen.parts, PART), group)
+            fit_guard(heads, partial(self.replay.parts, PART), partial(self.unseen.parts, PART), self.group)
         heads.config.training = {
             "traces": len(self.training.indices),
-            "validation_traces": int(count),
-            "validation_log_loss": loss / count,
+            "validation_traces": len(self.validation.indices),
             "steps": self.steps,
-        }
-        return heads
+        } | best
+        return heads.eval()
