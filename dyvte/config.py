@@ -246,7 +246,6 @@ class CalibrateConfig(PromiseSettings):
         heads: folder of the heads; not needed with policy=vtw.
         output: folder of the recalibrated heads, in place if not given; with policy=vtw, a JSON file.
         vtw: how VTW chooses.
-        threads: CPU threads of this process.
     """
 
     traces: str | list[str]
@@ -254,4 +253,3 @@ class CalibrateConfig(PromiseSettings):
     heads: str | None = None
     output: str | None = None
     vtw: VTWSettings = field(default_factory=VTWSettings)
-    threads: Count | None = None

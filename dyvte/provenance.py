@@ -179,6 +179,18 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     atomic_write(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_json(path: str | os.PathLike, remedy: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it holds something else; says what to do.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
+
+
 def differing(noted: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
     """Entries of a record that were noted with another value: their names, and what was noted."""
     record = json.loads(json.dumps(record))
@@ -201,7 +213,7 @@ def claim(
             :func:`differing`), else gives the record to note from now on.
         write: False for the ranks of a distributed run that leave the note to another one.
     """
-    noted = json.loads(path.read_text()) if path.exists() else None
+    noted = read_json(path, "remove its folder, or choose another one") if path.exists() else None
     if noted is not None:
         record = merge(noted, record)
     path.parent.mkdir(parents=True, exist_ok=True)

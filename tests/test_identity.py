@@ -20,7 +20,7 @@ from test_fitting import SIZE, made_up_traces
 
 import dyvte
 import dyvte.identity as identity
-from dyvte.cli.main import make_policies
+from dyvte.cli.policies import make_policies
 from dyvte.data import Sample, image_digest, sample_digest
 from dyvte.heads import ExitHeads
 from dyvte.identity import model_fingerprint, processor_fingerprint

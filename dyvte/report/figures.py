@@ -97,7 +97,7 @@ def plot_reliability(table: Mapping[str, Any]) -> Figure:
 
 
 def _check_lists(content: Mapping[str, Any], name: str, keys: Sequence[str]) -> None:
-    missing = [key for key in keys if not isinstance(content.get(key), list)]
+    missing = [key for key in keys if not isinstance(content, Mapping) or not isinstance(content.get(key), list)]
     lengths = {len(content[key]) for key in keys if key not in missing}
     if missing or len(lengths) != 1 or lengths == {0}:
         raise ValueError(f"{name} must hold lists of one length, {', '.join(keys)}; missing: {missing or 'none'}")

@@ -196,7 +196,7 @@ def load_traces(*folders: str | os.PathLike) -> TraceSet:
 def _read_json(path: Path, missing: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(missing) from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove its folder and trace again") from error
