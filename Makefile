@@ -80,9 +80,10 @@ collect: $(VENV)/installed
 studies: $(VENV)/installed   ## what traces tell: the promise, the guard, forms of heads (after reproduce)
 	for name in promise guard heads_forms heads_ablation; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
-figures: $(VENV)/installed   ## the README's table and figure, from results/
+figures: $(VENV)/installed   ## the README's table and figure, the pages of results and costs
 	$(BIN)/python benchmarks/reference_results.py
 	$(BIN)/python benchmarks/results_page.py
+	$(BIN)/python benchmarks/costs_page.py
 
 # The allocator keeps its memory: without this, a step on CPU is a third slower.
 reference-mllm: export MALLOC_MMAP_THRESHOLD_ = 4294967296

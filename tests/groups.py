@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
+import tqdm.auto
 
 SECONDS = 60  # ranks that wait for each other for ever are a failure
 
@@ -30,7 +30,8 @@ def start(size: int, folder: Path, work: Callable[[int], Any]) -> list[int]:
 
 
 def _run(rank: int, size: int, folder: Path, work: Callable[[int], Any]) -> None:
-    tqdm.set_lock(threading.RLock())  # by default one that a process that is killed would keep from the others
+    for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):  # by default a lock that a process that is killed keeps from the others
+        bar.set_lock(threading.RLock())
     os.environ["LOCAL_RANK"] = str(rank)
     try:
         if size > 1:

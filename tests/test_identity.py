@@ -246,7 +246,7 @@ def test_calibration_samples_are_held_out_by_content(tmp_path):
         calibrate(heads, traces, alpha=0.1)
     traces.content = content("xyz", images="abz")
     calibrate(heads, traces, alpha=0.1, shared_images=True)
-    assert heads.config.calibration["shared_images"] == 2
+    assert heads.config.promise.shared_images == 2
     heads.trained_on = None
     with pytest.warns(UserWarning, match="do not remember their training samples"):
         calibrate(heads, traces, alpha=0.1)

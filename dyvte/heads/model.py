@@ -20,7 +20,6 @@ from dyvte.heads.card import model_card
 from dyvte.heads.config import ExitHeadsConfig
 from dyvte.heads.guard import ALL_LAYERS, Guard
 from dyvte.heads.published import PublishedHead, read_gates
-from dyvte.heads.risk import threshold_for
 from dyvte.heads.samples import FILE, Samples, read_samples, write_samples
 from dyvte.heads.shared import SharedHead
 from dyvte.provenance import atomic_folder, atomic_write
@@ -116,7 +115,10 @@ class ExitHeads(PreTrainedModel):
         Raises:
             ValueError: the heads were never calibrated, or not on enough samples for such a risk.
         """
-        return threshold_for(self.config.calibration, risk)
+        promise = self.config.promise
+        if promise is None:
+            raise ValueError("these heads carry no risk curve: run `dyvte calibrate`, or give a threshold")
+        return promise.with_risk(risk).setting["learned.threshold"]
 
     def usual_images(self, visual: torch.Tensor) -> torch.Tensor | None:
         """Which mean visual tokens [n, hidden_size] are like those of training: bool [n]; None: no guard."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dyvte import promise
 from dyvte.data import Sample
 from dyvte.identity import model_fingerprint, processor_fingerprint
 from dyvte.provenance import differing, versions
@@ -31,7 +32,7 @@ SETTINGS = {
     "source": "the data config, or the file it names, has changed",
     "plan": "use the same unit_size, seed and samples",
 }
-IDENTITY = ("weights", "dtype", "attention", "processor")  # what of it goes into heads
+IDENTITY = promise.IDENTITY  # what of it goes into heads
 MIXABLE = ("format", "weights", "dtype", "attention", "processor", "answers", "exits")
 
 

@@ -76,7 +76,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for parameter in self.heads.heads.parameters():
-            parameter.grad.copy_(self.group.sum(parameter.grad))
+            self.group.sum_(parameter.grad)
         self.optimizer.step()
 
     def _dropout(self, state: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
@@ -100,13 +100,13 @@ class Learner:
         return {"steps": self.steps, "schedule": self.schedule.state_dict(), "rates": rates}
 
     def tensors(self) -> Tensors:
-        """Weights and moments, whole, on every rank."""
-        moments = {
-            f"{kind}.{name}": moment
-            for name, parameter in self.heads.heads.named_parameters()
-            for kind, moment in self._moments(parameter).items()
-        }
-        return moments | {f"weights.{name}": weight for name, weight in self.heads.heads.state_dict().items()}
+        """Weights and moments, whole, on rank 0; others have the weights alone."""
+        tensors = {f"weights.{name}": weight for name, weight in self.heads.heads.state_dict().items()}
+        for name, parameter in self.heads.heads.named_parameters():
+            for kind, moment in self._moments(parameter).items():
+                if self.group.rank == 0:
+                    tensors[f"{kind}.{name}"] = moment.cpu()
+        return tensors
 
     def restore(self, progress: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Goes on from a state."""

@@ -72,7 +72,8 @@ def train_online(
     are traced last, into ``work``, so that calibrating them is what it is for traces on the disk.
 
     Args:
-        samples, held_out: what to train on, and what to calibrate on; None without a promise (``promise.alpha``).
+        samples, held_out: what to train on, and what to calibrate on, which is not looked at without a
+            promise (``promise.alpha``).
         work: folder of the state, and of the held-out traces.
         trace: how samples are traced.
         max_new_tokens, template, visual_mask, decoder: see :func:`dyvte.training.write.write_traces`.
@@ -86,8 +87,12 @@ def train_online(
     """
     settings, online = settings or FitSettings(), online or OnlineSettings()
     promise, trace, group = promise or PromiseSettings(), trace or TraceSettings(), Group.here(device)
-    if (held_out is None) != (promise.alpha is None):
-        raise ValueError("a promise needs held-out samples, and nothing else does: give both, or set alpha=None")
+    if promise.alpha is None:
+        held_out = None
+    elif held_out is None:
+        raise ValueError("a promise needs held-out samples: give some, or set alpha=None for heads without one")
+    elif (ranks or Ranks()).world_size != group.size:
+        raise ValueError(f"{group.size} ranks train together: pass `ranks`, so that they share the held-out samples")
     usable, content, digest = _digests(samples, trace, group)
     if len(usable) < LEAST:
         raise ValueError(f"{len(usable)} samples are too few to train heads: take at least some hundred")

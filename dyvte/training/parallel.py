@@ -58,6 +58,11 @@ class Group:
         dist.all_reduce(summed)
         return summed.to(values.device)
 
+    def sum_(self, values: torch.Tensor) -> None:
+        """The same in place, of what lies on the device."""
+        if self.size > 1:
+            dist.all_reduce(values)
+
     def gather(self, value: Any) -> list[Any]:
         """What every rank has, rank by rank."""
         if self.size == 1:

@@ -212,7 +212,9 @@ def write_heads(heads: ExitHeads, output: str | Path, ranks: Ranks, tracker: Tra
 def figures(heads: ExitHeads) -> dict[str, float]:
     """What is worth showing of new heads."""
     found = {f"fit/{k}": v for k, v in (heads.config.training or {}).items() if isinstance(v, float)}
-    found |= {f"promise/{k}": v for k, v in (heads.config.calibration or {}).items() if isinstance(v, float)}
+    promise = heads.config.promise
+    if promise is not None:
+        found |= {f"promise/{name}": getattr(promise, name) for name in ("alpha", "delta", "risk", "bound", "saved")}
     return found | {"promise/threshold": heads.config.threshold}
 
 

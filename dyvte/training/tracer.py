@@ -51,7 +51,7 @@ def trace_samples(
         rows = [row + [tokenizer.eos_token_id] for row in rows]
         pad = max(map(len, rows))
         ids = torch.tensor([row + [-100] * (pad - len(row)) for row in rows], device=device)
-    answer = _answer_mask(ids, model.generation_config.eos_token_id)
+    answer = answer_mask(ids, model.generation_config.eos_token_id)
     traced = append_answer(inputs, ids, answer)
     try:
         trace = trace_batch(model, traced, visual_mask, decoder, exits)
@@ -99,7 +99,7 @@ def _half(states: torch.Tensor) -> torch.Tensor:
     return states.clamp(-limit, limit).half()
 
 
-def _answer_mask(ids: torch.Tensor, eos: int | list[int] | None) -> torch.Tensor:
+def answer_mask(ids: torch.Tensor, eos: int | list[int] | None) -> torch.Tensor:
     """True up to and including the first end-of-sequence token of each answer."""
     if eos is None:
         return ids >= 0

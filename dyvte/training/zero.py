@@ -5,7 +5,7 @@ For the published form of heads, whose optimizer state takes 16 bytes for each o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimiz
 from dyvte.config import FitSettings
 from dyvte.heads import ExitHeads
 from dyvte.training.deepspeed_config import read_deepspeed
-from dyvte.training.learner import MOMENTS, Learner, weights_of
+from dyvte.training.learner import MOMENTS, Batch, Learner, weights_of
 from dyvte.training.parallel import Group
 from dyvte.training.state import Tensors
 
@@ -37,10 +37,13 @@ class ZeroLearner(Learner):
             self.engine = deepspeed.initialize(model=self.heads, optimizer=self.optimizer, config=self.config)[0]
         return self.engine
 
+    def step(self, count: int, places: Sequence[int], read: Callable[[Sequence[int]], Batch]) -> float:
+        self._start()  # all ranks at once
+        return super().step(count, places, read)
+
     def _forward(self, state: torch.Tensor) -> torch.Tensor:
-        engine = self._start()
-        engine.train()
-        return engine(state)
+        self.engine.train()
+        return self.engine(state)
 
     def _learn(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss * self.group.size)  # the engine takes the mean over ranks, not the sum
