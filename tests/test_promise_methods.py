@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,15 @@ from models import LAYERS, PATCHES, batch_of, prompt, tiny_llava
 from scipy.stats import beta
 
 import dyvte
-import dyvte.training.promise as module
+import dyvte.training.outcomes as module
+from dyvte.config import MethodConfig
 from dyvte.data import load_samples
 from dyvte.methods import METHODS
 from dyvte.methods.families import FAMILIES, Family, Shape, build
+from dyvte.promise import Promise
 from dyvte.runtime.decoder import DecoderSpec
 from dyvte.training.agreement import dense_answers, keeps_answers
-from dyvte.training.promise import calibrate_method
+from dyvte.training.promise import calibrate_config, calibrate_method
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 RAGGED = [prompt(3, 5, seed=1), prompt(1, 9, seed=2), prompt(6, 1, seed=3), prompt(2, 4, images=2, seed=4)]
@@ -231,3 +234,17 @@ def test_bad_calibrations_say_what_to_do(mllm, tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="not even the safest setting, .*layer': 1}, keeps the risk below"):
         run(mllm, tmp_path, "fixed", settings=[{"layer": 1}], alpha=0.03)
+
+
+def test_from_a_config(mllm, tmp_path):
+    for part in mllm:
+        part.save_pretrained(tmp_path / "model")
+    data = {"scenes": {"split": "dev", "n": 40, "seed": 5}}
+    told = {"model": str(tmp_path / "model"), "data": data, "output": str(tmp_path / "it"), "dtype": "float32"}
+    settings = [{"layer": 4}, {"layer": 1}]
+    config = MethodConfig(method="fixed", settings=settings, alpha=0.2, max_new_tokens=STEPS, batch_size=20, **told)
+    promise = calibrate_config(config)
+    assert promise == Promise.read(tmp_path / "it") and promise.data[0]["scenes"] == data["scenes"]
+    dyvte.attach(mllm[0], dyvte.load(tmp_path / "it")).detach()  # the same weights
+    with pytest.raises(ValueError, match="alpha is what is promised"):
+        calibrate_config(replace(config, alpha=None))

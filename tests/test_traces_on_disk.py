@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_llava import save_tiny_llava
+from tiny_llava import random_reference, save_tiny_llava
 
 import dyvte.training.write as write
 from dyvte.data import Sample, SampleError, TooManyErrors, dataset_digest
@@ -34,12 +34,8 @@ SETTINGS = {"batch_size": 2, "max_new_tokens": 2, "unit_size": UNIT}
 @pytest.fixture(scope="module")
 def mllm(tmp_path_factory):
     """A random LLaVA and its processor, and the folder they are saved in."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     folder = save_tiny_llava(tmp_path_factory.mktemp("models") / "tiny")
-    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    return model, processor, folder
+    return *random_reference(), folder
 
 
 def samples(count: int = COUNT) -> list[Sample]:

@@ -9,12 +9,14 @@ from dyvte.heads.config import ExitHeadsConfig
 from dyvte.promise import Promise
 
 
-def model_card(config: ExitHeadsConfig, parameters: int) -> str:
+def model_card(config: ExitHeadsConfig, parameters: int, together: Promise | None = None) -> str:
     """The README.md of a checkpoint: what it is for, how to use it, how it was made.
 
     Args:
         parameters: how many the heads have.
+        together: the promise of the heads on top of a pruning, which they do not keep alone.
     """
+    promise = config.promise if together is None else together
     base = config.base_model or "an unrecorded base model"
     lines = [
         "---",
@@ -30,8 +32,7 @@ def model_card(config: ExitHeadsConfig, parameters: int) -> str:
         "```python",
         "import dyvte",
         "",
-        'heads = dyvte.ExitHeads.from_pretrained("path/to/this/checkpoint")',
-        "with dyvte.visual_exit(model, dyvte.LearnedExit(heads)) as exits:",
+        'with dyvte.reduce_tokens(model, dyvte.load("path/to/this/checkpoint")) as exits:',
         "    output = model.generate(**inputs)",
         "exits.layers  # the exit layer of each sample",
         "```",
@@ -48,8 +49,8 @@ def model_card(config: ExitHeadsConfig, parameters: int) -> str:
         f"| guard | {'none' if config.guard is None else f'{config.guard:g} of usual samples pass'} |",
         f"| dyvte | {config.dyvte_version} |",
     ]
-    if config.promise is not None:
-        lines += ["", "## The promise", "", *promise_rows(config.promise)]
+    if promise is not None:
+        lines += ["", "## The promise", "", *promise_rows(promise)]
     shown = {k: v for k, v in (config.training or {}).items() if isinstance(v, (str, int, float))}
     if shown:
         lines += ["", "## Training", "", *_table(shown)]

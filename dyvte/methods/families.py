@@ -199,6 +199,11 @@ class Family:
         return {name: [setting[name] for setting in self.settings[:count]] for name in self.settings[0]}
 
 
+def methods_of(setting: Mapping[str, Any]) -> tuple[str, ...]:
+    """The methods that a setting by ``method.argument`` is about, in its order."""
+    return tuple(dict.fromkeys(name.partition(".")[0] for name in setting))
+
+
 def build(
     methods: Sequence[str], setting: Mapping[str, Any], heads: ExitHeads | None = None, **options: Any
 ) -> Reduction:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from dyvte.data import GREEDY
 from dyvte.runtime.arguments import argument_names
 from dyvte.runtime.calls import VisualMask
 from dyvte.runtime.handle import Handle
@@ -19,14 +18,13 @@ from dyvte.runtime.prefill import PromptPass
 from dyvte.runtime.prompt import Prompt
 from dyvte.runtime.reduction import Reduction
 from dyvte.runtime.splice import SplicedVisualMask
-from dyvte.training.tracer import answer_mask, append_answer
+from dyvte.training.tracer import answer_mask, append_answer, greedy_answers
 
 
 @torch.no_grad()
 def dense_answers(model: nn.Module, inputs: dict[str, Any], max_new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The model's own greedy answers: ids, and which of them belong to the answer; long and bool [batch, length]."""
-    length = inputs["input_ids"].shape[1]
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)[:, length:]
+    ids = greedy_answers(model, inputs, max_new_tokens, together=False)
     return ids, answer_mask(ids, model.generation_config.eos_token_id)
 
 
@@ -53,17 +51,20 @@ def keeps_answers(
     Returns:
         bool [batch] and float64 [batch], the share of each prompt's visual-token layers that are left out.
     """
-    given, count = append_answer(inputs, ids, answer), ids.shape[1] + 1
+    given = append_answer(inputs, ids, answer)
     handle = TeacherForced(model, method, given.pop("labels"), visual_mask, decoder)
-    fewer = {"logits_to_keep": count} if "logits_to_keep" in argument_names(handle.spec.model) else {}
+    fewer = {}
+    if "logits_to_keep" in argument_names(handle.spec.model) and not isinstance(visual_mask, SplicedVisualMask):
+        fewer = {"logits_to_keep": ids.shape[1] + 1}
     try:
-        logits = handle.spec.model(**given, use_cache=False, **fewer).logits[:, -count:-1]
+        logits = handle.spec.model(**given, use_cache=False, **fewer).logits
     finally:
         handle.detach()
+    labels = handle.labels[:, -logits.shape[1] :][:, 1:].to(logits.device)
     suppressed = getattr(model.generation_config, "suppress_tokens", None)
     if suppressed:
         logits = logits.index_fill(-1, torch.tensor(suppressed, device=logits.device), -torch.inf)
-    same = ((logits.argmax(-1) == ids.to(logits.device)) | ~answer.to(logits.device)).all(1)
+    same = ((logits[:, :-1].argmax(-1) == labels) | (labels == -100)).all(1)
     record = handle.record[-1]
     places = record.visual.double() * handle.num_layers
     return same.cpu(), 1 - record.counts.sum(0) / places.clamp(min=1)
@@ -84,13 +85,12 @@ class TeacherForced(Handle):
         visual_mask: VisualMask | None = None,
         decoder: str | nn.Module | None = None,
     ):
-        self._labels, self._visual_mask = labels, visual_mask
+        self.labels, self._visual_mask = labels, visual_mask
         super().__init__(model, method, visual_mask, decoder)
 
     def _begin(self, prompt: Prompt, hidden: torch.Tensor, cache: Any, past: torch.Tensor) -> PromptPass:
-        labels = self._labels
         if isinstance(self._visual_mask, SplicedVisualMask):
-            labels = self._visual_mask.expand(labels, -100)
-        answer = (labels.to(prompt.visual.device) != -100) & prompt.valid
+            self.labels = self._visual_mask.expand(self.labels, -100)  # the sequence that the decoder sees is longer
+        answer = (self.labels.to(prompt.visual.device) != -100) & prompt.valid
         prompt = Prompt.from_masks(prompt.visual, prompt.valid, answer, prompt.ids, prompt.copies)
         return super()._begin(prompt, hidden, cache, past)

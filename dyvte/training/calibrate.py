@@ -138,7 +138,12 @@ def calibrate(
         ValueError: too few traces for that promise, traces of training or of another model, or no threshold keeps it.
     """
     check_enough(len(traces), alpha, delta)
-    shared = _refuse_training_samples(heads, traces, shared_images)
+    if traces.provenance.get("pruning") is not None:
+        raise ValueError(
+            f"these traces are of a pruned model ({traces.provenance['pruning']}), so a threshold alone would keep no "
+            "promise: calibrate both with dyvte.training.together, or trace without the pruning"
+        )
+    shared = refuse_training_samples(heads, traces, shared_images)
     source = traces.provenance
     heads.check_fits(
         traces.num_layers, traces.state.shape[-1] // 2, source.get("base_model"), weights=source.get("weights")
@@ -190,7 +195,7 @@ def check_enough(samples: int, alpha: float, delta: float) -> None:
         )
 
 
-def _refuse_training_samples(heads: ExitHeads, traces: TraceSet, shared_images: bool) -> int | None:
+def refuse_training_samples(heads: ExitHeads, traces: TraceSet, shared_images: bool) -> int | None:
     """How many images are shared with training; None where it cannot be known."""
 
     def marks(data: Any) -> set[str]:

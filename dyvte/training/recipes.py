@@ -34,7 +34,7 @@ def trace(config: TraceConfig, ranks: Ranks) -> Path:
     samples = load_samples(read_config(config.data))  # what is wrong with it is said before a model is loaded
     with Tracker(config.tracking, Path(config.output), vars(config), ranks) as tracker:
         mllm = load_mllm(config, ranks)
-        return trace_data(mllm, config.data, config.output, config, ranks, tracker, samples)
+        return trace_data(mllm, config.data, config.output, config, ranks, tracker, samples, config.pruning)
 
 
 def fit(config: FitConfig, ranks: Ranks) -> ExitHeads:
@@ -126,12 +126,14 @@ def trace_data(
     ranks: Ranks,
     tracker: Tracker | None = None,
     samples: Sequence[Sample] | None = None,
+    pruning: Mapping[str, Any] | None = None,
 ) -> Path:
     """Traces a data set with a model into a folder; ranks share the work.
 
     Args:
         data: a data config, or the YAML file of one.
         samples: of that data, where they are loaded already.
+        pruning: see :func:`dyvte.training.write.write_traces`.
     """
     data = read_config(data)
     samples = load_samples(data) if samples is None else samples
@@ -149,6 +151,7 @@ def trace_data(
         template=data.get("template"),
         exits=settings.exits,
         provenance=described(data),
+        pruning=pruning,
         unit_size=settings.unit_size,
         seed=settings.seed,
         on_error=settings.on_error,
@@ -212,8 +215,7 @@ def write_heads(heads: ExitHeads, output: str | Path, ranks: Ranks, tracker: Tra
 def figures(heads: ExitHeads) -> dict[str, float]:
     """What is worth showing of new heads."""
     found = {f"fit/{k}": v for k, v in (heads.config.training or {}).items() if isinstance(v, float)}
-    promise = heads.config.promise
-    if promise is not None:
+    if (promise := heads.config.promise) is not None:
         found |= {f"promise/{name}": getattr(promise, name) for name in ("alpha", "delta", "risk", "bound", "saved")}
     return found | {"promise/threshold": heads.config.threshold}
 
