@@ -188,11 +188,20 @@ class ExitHeads(PreTrainedModel):
         return (heads, info) if wants_info else heads
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Writes config.json, model.safetensors, what is remembered of training, and a model card, README.md."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        write_samples(save_directory, self.trained_on)
-        card = model_card(self.config, sum(p.numel() for p in self.parameters()))
-        atomic_write(Path(save_directory, "README.md"), card)
+        """Writes config.json, model.safetensors, what is remembered of training, and a model card, README.md.
+
+        All of it is written elsewhere in the folder first, so that an error leaves what was there.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as fresh:
+            super().save_pretrained(fresh, *args, **kwargs)
+            write_samples(fresh, self.trained_on)
+            card = model_card(self.config, sum(p.numel() for p in self.parameters()))
+            atomic_write(Path(fresh, "README.md"), card)
+            write_samples(folder, None)  # those of other heads
+            for path in Path(fresh).iterdir():
+                os.replace(path, folder / path.name)
 
     def push_to_hub(
         self,
