@@ -15,7 +15,7 @@ import torch
 from shapes import RESULTS, record
 
 from dyvte.heads import ExitHeads
-from dyvte.heads.risk import boldest_safe
+from dyvte.promise import boldest_safe
 from dyvte.training.calibrate import clopper_pearson, exits_at, oracle_exits, threshold_grid
 from dyvte.training.fit import probability_of
 from dyvte.training.store import load_traces

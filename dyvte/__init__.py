@@ -10,6 +10,8 @@ from dyvte.version import __version__
 if TYPE_CHECKING:
     from dyvte.heads import ExitHeads, ExitHeadsConfig
     from dyvte.methods import ExitPolicy, FastV, FixedExit, LearnedExit, NeverExit, RandomExit, RandomPruning
+    from dyvte.methods.promised import load
+    from dyvte.promise import Promise
     from dyvte.runtime import (
         Handle,
         LayerEdit,
@@ -38,6 +40,8 @@ _HOMES = {
         "RandomExit",
         "RandomPruning",
     ),
+    "dyvte.methods.promised": ("load",),
+    "dyvte.promise": ("Promise",),
     "dyvte.runtime": (
         "Handle",
         "LayerEdit",
@@ -66,6 +70,7 @@ __all__ = [
     "LayerView",
     "LearnedExit",
     "NeverExit",
+    "Promise",
     "RandomExit",
     "RandomPruning",
     "Reduction",
@@ -75,6 +80,7 @@ __all__ = [
     "__version__",
     "attach",
     "edit_layers",
+    "load",
     "reduce_tokens",
     "trace_batch",
     "visual_exit",

@@ -80,12 +80,15 @@ class TraceConfig(ModelConfig, TraceSettings):
     Args:
         data: what to ask: a YAML file such as configs/data/gqa.yaml, or a mapping.
         output: folder of the traces.
+        pruning: a method that drops tokens, on top of which exits are traced, such as
+            ``{fastv.layer: 2, fastv.keep: 0.5}``; agreement is with the answers of the model without it.
         plan: print what would run and what it would cost, and stop.
         tracking: where throughput is logged: none, tensorboard, trackio or wandb.
     """
 
     data: str | dict[str, Any]
     output: str
+    pruning: dict[str, Any] | None = None
     plan: bool = False
     tracking: Tracking = "none"
 
@@ -131,21 +134,26 @@ class FitSettings(Checked):
 
 @dataclass(kw_only=True)
 class OnlineSettings(Checked):
-    """How heads learn while the model is traced, with no states on the disk.
+    """How heads learn while the model is traced, with no states of training on the disk.
+
+    What counts is updates / round_size, the steps for every sample that is traced. Rounds should be as large as all
+    ranks trace at once, or a multiple.
 
     Args:
-        buffer: the latest traces that are kept to learn from again, over all ranks.
-        updates: steps after every batch of traces.
+        buffer: the latest traces that are kept in memory to learn from again, over all ranks.
+        round_size: samples that are traced before each turn of learning, over all ranks.
+        updates: steps of each such turn.
         batch_size: traces per step, over all ranks.
         passes: how often the data is traced.
-        save_every: batches between states to resume from.
+        save_every: rounds between states to resume from.
     """
 
     buffer: Count = 8192
-    updates: Count = 16
+    round_size: Count = 64
+    updates: Count = 64
     batch_size: Count = 128
     passes: Count = 1
-    save_every: Count = 32
+    save_every: Count = 8
 
 
 @dataclass(kw_only=True)
@@ -241,6 +249,7 @@ class CalibrateConfig(PromiseSettings):
         heads: folder of the heads; not needed with policy=vtw.
         output: folder of the recalibrated heads, in place if not given; with policy=vtw, a JSON file.
         vtw: how VTW chooses.
+        threads: CPU threads of this process; torch's choice if not given.
     """
 
     traces: str | list[str]
@@ -248,3 +257,32 @@ class CalibrateConfig(PromiseSettings):
     heads: str | None = None
     output: str | None = None
     vtw: VTWSettings = field(default_factory=VTWSettings)
+    threads: Count | None = None
+
+
+@dataclass(kw_only=True)
+class MethodConfig(ModelConfig, PromiseSettings):
+    """Choose the boldest setting of any method that keeps a promise, from held-out questions: a pass for each setting.
+
+    Args:
+        method: a name in dyvte.methods.METHODS, or several, joined by ``&``.
+        data: held-out questions: a YAML file or a mapping.
+        output: folder of the promise, for dyvte.load; a run that was stopped goes on there.
+        fixed: arguments that are the same in all settings, in place of those that the method declares.
+        settings: arguments in place of those that it declares, from the safest to the boldest; named
+            ``method.argument`` where there are several methods.
+        batch_size: samples per forward pass.
+        max_new_tokens: longest answer; what the data asks for if not given, else 16.
+        on_error: what a sample that cannot be used does: it ends the run (stop), or is left out and noted (skip).
+        max_errors: how many samples may be skipped.
+    """
+
+    method: str
+    data: str | dict[str, Any]
+    output: str
+    fixed: dict[str, Any] | None = None
+    settings: list[dict[str, Any]] | None = None
+    batch_size: Count = 8
+    max_new_tokens: Count | None = None
+    on_error: Literal["stop", "skip"] = "stop"
+    max_errors: Whole = 100

@@ -103,6 +103,23 @@ def loading(name: str, key: str) -> Iterator[None]:
         raise ValueError(f"{key}={name} cannot be loaded ({reason}); {remedy}") from error
 
 
+def load_empty(config: ModelConfig) -> nn.Module:
+    """The model of a config without its weights: everything about it but what it computes.
+
+    Raises:
+        ValueError: it cannot be found, or is not of transformers.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with loading(config.model, "model"):
+        described = AutoConfig.from_pretrained(config.model, **_source(config))
+        dtype = {} if config.dtype == "auto" else {"dtype": getattr(torch, config.dtype)}
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(
+                described, trust_remote_code=config.trust_remote_code, **dtype
+            )
+
+
 def needs_group(config: ModelConfig) -> bool:
     """Whether the model is laid over a process group even where it has one rank alone."""
     return config.shard in ("zero3", "fsdp2", "tp")
@@ -156,7 +173,6 @@ def _by_loader(config: ModelConfig) -> Mllm:
 def _by_transformers(config: ModelConfig, ranks: Ranks) -> Mllm:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    source: dict[str, Any] = {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
     chosen: dict[str, Any] = {"dtype": config.dtype}
     if config.attention:
         chosen["attn_implementation"] = config.attention
@@ -169,15 +185,19 @@ def _by_transformers(config: ModelConfig, ranks: Ranks) -> Mllm:
     elif config.shard == "none" and ranks.device.type != "cpu":
         chosen["device_map"] = {"": ranks.device}  # read into place, which quantised weights need
     with loading(config.model, "model"):
-        processor = AutoProcessor.from_pretrained(config.model, **source)
+        processor = AutoProcessor.from_pretrained(config.model, **_source(config))
         model, info = AutoModelForImageTextToText.from_pretrained(
-            config.model, output_loading_info=True, **source, **chosen
+            config.model, output_loading_info=True, **_source(config), **chosen
         )
         # transformers would go on with random weights in their place.
         missing = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
         if missing and not getattr(model, "is_quantized", False):
             raise ValueError(f"its weights lack {len(missing)} tensors that its config asks for, such as {missing[0]}")
     return Mllm(model, processor)
+
+
+def _source(config: ModelConfig) -> dict[str, Any]:
+    return {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
 
 
 def _quantization(settings: dict[str, Any]) -> Any:

@@ -9,8 +9,8 @@ import torch
 from models import LAYERS, tiny_llava
 
 from dyvte.heads import ExitHeads
-from dyvte.heads.risk import boldest_safe
 from dyvte.methods.learned import LearnedExit
+from dyvte.promise import boldest_safe
 from dyvte.training.calibrate import (
     calibrate,
     clopper_pearson,
@@ -126,10 +126,10 @@ def test_the_promise_is_kept():
 def test_calibrated_heads_say_how():
     heads, traces = fit_heads(made_up_traces(), FitSettings(epochs=10), progress=False), made_up_traces(2000, seed=3)
     calibrate(heads, traces, alpha=0.05)
-    assert heads.config.calibration["bound"] <= 0.05 and heads.config.calibration["samples"] == 2000
+    assert heads.config.promise.bound <= 0.05 and heads.config.promise.samples == 2000
     assert 0 < heads.config.threshold < 1
     result = compare(heads, traces)
-    assert result["learned"]["agreement"] == pytest.approx(1 - heads.config.calibration["risk"])
+    assert result["learned"]["agreement"] == pytest.approx(1 - heads.config.promise.risk)
     assert result["oracle"] == {"agreement": 1.0, "mean_exit_layer": pytest.approx(3.4, abs=0.3), "oracle_share": 1.0}
     assert [row["mean_exit_layer"] for row in result["fixed"]] == list(range(1, LAYERS + 1))
     assert json.loads(json.dumps(result)) == result
@@ -142,19 +142,13 @@ def test_another_risk_from_the_stored_curve(tmp_path):
     loaded = ExitHeads.from_pretrained(tmp_path)
     for alpha in (0.02, 0.05, 0.2):
         calibrate(heads, traces, alpha=alpha)
-        assert LearnedExit(loaded, risk=alpha).threshold == pytest.approx(heads.config.threshold, rel=1e-8)
+        assert LearnedExit(loaded, risk=alpha).threshold == heads.config.threshold
     with pytest.raises(ValueError, match="cannot show a risk as low as 0.0001"):
         LearnedExit(loaded, risk=0.0001)
     with pytest.raises(ValueError, match="a threshold or a risk, not both"):
         LearnedExit(loaded, threshold=0.5, risk=0.01)
     with pytest.raises(ValueError, match="carry no risk curve"):
         LearnedExit(fit_heads(made_up_traces(), FitSettings(epochs=1), progress=False), risk=0.01)
-
-
-def test_the_first_failure_ends_the_search():
-    assert boldest_safe([0.001, 0.004, 0.02, 0.003], 0.01) == 1
-    assert boldest_safe([0.001, 0.004], 0.01) == 1
-    assert boldest_safe([0.02, 0.001], 0.01) is None
 
 
 def test_the_guard_keeps_unusual_samples_dense(tmp_path):

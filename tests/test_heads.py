@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from promises import promise_record
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
@@ -35,7 +36,9 @@ def original_gates(layers=LAYERS, size=SIZE, width=12):
 
 @pytest.mark.parametrize("form", ["shared", "original"])
 def test_saved_and_loaded(form, tmp_path, caplog):
-    heads = some_heads(form, base_model="some/model", base_revision="abc", threshold=0.8, calibration={"alpha": 0.01})
+    heads = some_heads(
+        form, base_model="some/model", base_revision="abc", threshold=0.8, calibration=promise_record(0.8)
+    )
     heads.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     with caplog.at_level("WARNING", "dyvte"):
@@ -47,7 +50,7 @@ def test_saved_and_loaded(form, tmp_path, caplog):
     assert all(getattr(loaded.config, name) == getattr(heads.config, name) for name in fields)
     assert loaded.config.dyvte_version == dyvte.__version__
     card = (tmp_path / "README.md").read_text()
-    assert "some/model (revision abc)" in card and "| alpha | 0.01 |" in card
+    assert "some/model (revision abc)" in card and "| alpha | 0.02 |" in card
 
 
 def test_the_auto_classes_of_transformers_know_heads(tmp_path):

@@ -16,6 +16,7 @@ from tiny_llava import LAYERS, save_tiny_llava
 import dyvte
 from dyvte.cli.main import COMMANDS, main
 from dyvte.data import load_samples
+from dyvte.promise import Promise
 from dyvte.training.store import load_traces
 from dyvte.training.write import write_traces
 
@@ -113,7 +114,7 @@ def test_from_traces_to_a_report(mllm, traces, held_out, tmp_path, capsys):
     main(["train", *arguments, f"calibration={held_out}"])
     assert json.loads(capsys.readouterr().out)["learned"]["agreement"] >= 0.7
     main(["calibrate", f"heads={heads}", f"traces={held_out}", "alpha=0.4"])
-    assert dyvte.ExitHeads.from_pretrained(heads).config.calibration["alpha"] == 0.4
+    assert dyvte.ExitHeads.from_pretrained(heads).config.promise.alpha == 0.4
     published = tmp_path / "published"
     fit = "fit={form: original, width: 32, label_rule: original, epochs: 2}"
     main(["train", f"traces={traces}", f"output={published}", "alpha=null", fit])
@@ -142,7 +143,7 @@ def test_from_traces_to_a_report(mllm, traces, held_out, tmp_path, capsys):
     assert set(summary["policies"]) == {"dense", *settings["policies"]}
     assert summary["policies"]["fixed-2"]["mean_exit_layer"] == 2
     main(["report", str(results)])
-    assert json.loads((results / "curve.json").read_text())["alpha"] == 0.4
+    assert Promise.read(results) == dyvte.ExitHeads.from_pretrained(heads).config.promise
     capsys.readouterr()
     main(
         ["calibrate", "policy=vtw", f"traces={traces}", "vtw.first=1", "vtw.eta=100", f"output={tmp_path / 'vtw.json'}"]

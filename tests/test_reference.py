@@ -67,8 +67,8 @@ def test_the_use_shown_in_the_readme(monkeypatch):
 def test_the_heads_know_where_they_come_from(mllm):
     heads = dyvte.ExitHeads.from_pretrained(HEADS)
     config = heads.config
-    assert config.base_model.endswith("reference-mllm") and config.calibration["alpha"] == 0.01
-    assert config.calibration["bound"] <= 0.01 and config.training["data"][0]["scenes"]["split"] == "train"
+    assert config.base_model.endswith("reference-mllm") and config.promise.alpha == 0.01
+    assert config.promise.bound <= 0.01 and config.training["data"][0]["scenes"]["split"] == "train"
     assert sum(path.stat().st_size for path in HEADS.iterdir()) < 4_000_000
     dyvte.attach(mllm[0], dyvte.LearnedExit(heads)).detach()
 
@@ -100,12 +100,13 @@ def test_files_named_in_the_readme_exist():
 
 
 def test_importing_dyvte_needs_torch_transformers_and_safetensors_only():
-    script = "import sys, dyvte; print(*(m for m in sys.modules if m.startswith('dyvte.')))"
+    script = "import sys; from dyvte import *; print(*(m for m in sys.modules if m.startswith('dyvte.')))"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert {name.split(".")[1] for name in out.split()} == {
         "heads",
         "identity",
         "methods",
+        "promise",
         "provenance",
         "runtime",
         "training",

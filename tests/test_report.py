@@ -8,11 +8,13 @@ from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
+from promises import promise_record
 
 from dyvte.evaluation.metrics import build_metric
 from dyvte.evaluation.summary import summarise
+from dyvte.promise import Promise
 from dyvte.report.examples import example_cards
-from dyvte.report.figures import plot_exit_layers, plot_reliability, plot_risk
+from dyvte.report.figures import plot_exit_layers
 from dyvte.report.page import report
 from dyvte.report.runs import read_run
 from dyvte.report.tradeoff import pareto_front as front
@@ -91,15 +93,7 @@ class Page(HTMLParser):
 
 def test_one_page_holds_everything_and_needs_no_other_file(tmp_path):
     run = write_run(tmp_path / "run", POLICIES)
-    curve = {
-        "threshold": [0.99, 0.9, 0.5],
-        "risk": [0, 0.01, 0.2],
-        "bound": [0.01, 0.02, 0.3],
-        "saved": [0.1, 0.4, 0.6],
-    }
-    (run / "curve.json").write_text(json.dumps(curve | {"alpha": 0.02, "delta": 0.1, "chosen": 0.9}))
-    table = {"confidence": [0.1, 0.5, 0.9], "frequency": [0.1, 0.6, 0.95], "count": [3, 0, 10]}
-    (run / "reliability.json").write_text(json.dumps(table))
+    Promise.from_dict(promise_record()).write(run)
     path = report(run)
     page = Page(path)
     assert path == run / "report" / "report.html" and not page.links
@@ -168,7 +162,7 @@ def test_many_kinds_are_cut_to_the_largest():
 def test_bad_input_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="no summary.json .*`dyvte evaluate`"):
         report(tmp_path)
-    with pytest.raises(ValueError, match=r"curve.json must hold lists .*missing: \['bound'\]"):
-        plot_risk({"threshold": [1], "risk": [0], "saved": [0]})
-    with pytest.raises(ValueError, match="lists of one length"):
-        plot_reliability({"confidence": [1], "frequency": [0, 1], "count": [0]})
+    run = write_run(tmp_path / "run", POLICIES)
+    (run / "promise.json").write_text("{}")
+    with pytest.raises(ValueError, match="promise.json: the promise has missing fields .*calibrate again"):
+        report(run)

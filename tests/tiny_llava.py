@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import LlavaProcessor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 LAYERS = 4
@@ -29,12 +30,15 @@ SETTINGS = {
 }
 
 
-def save_tiny_llava(folder: Path) -> Path:
+def random_reference() -> tuple[torch.nn.Module, LlavaProcessor]:
     from reference_mllm import build_model, build_processor
 
     torch.manual_seed(1)
     processor = build_processor(15)
-    model = build_model(SETTINGS, len(processor.tokenizer)).eval()
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    return build_model(SETTINGS, len(processor.tokenizer)).eval(), processor
+
+
+def save_tiny_llava(folder: Path) -> Path:
+    for part in random_reference():
+        part.save_pretrained(folder)
     return folder

@@ -21,6 +21,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run(config: CalibrateConfig) -> None:
+    import torch
+
     from dyvte.cli.outputs import check_file, check_folder
     from dyvte.loading import load_heads
     from dyvte.training.calibrate import calibrate
@@ -28,6 +30,8 @@ def run(config: CalibrateConfig) -> None:
     from dyvte.training.store import load_traces
     from dyvte.training.vtw import calibrate as choose_layer
 
+    if config.threads:
+        torch.set_num_threads(config.threads)
     if config.policy == "vtw":
         if config.output is not None:
             check_file(config.output)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from dyvte.cli.arguments import read_arguments
@@ -56,20 +55,10 @@ def run(config: EvaluateConfig) -> None:
             **settings,
         )
         if ranks.first:
-            if config.heads is not None:
-                write_promise(load_heads(config.heads).config, folder)
+            promise = None if config.heads is None else load_heads(config.heads).config.promise
+            if promise is not None:
+                promise.write(folder)  # for the report
             print(json.dumps(summary, indent=2) if config.json else results_table(summary))
-
-
-def write_promise(heads: Any, folder: Path) -> None:
-    """Puts what the heads' calibration left beside the results, for the report."""
-    from dyvte.provenance import write_json
-
-    found = heads.calibration
-    if found and "curve" in found:
-        curve = found["curve"] | {key: found[key] for key in ("alpha", "delta")}
-        write_json(folder / "curve.json", curve | {"chosen": heads.threshold})
-        write_json(folder / "reliability.json", found["reliability"])
 
 
 def results_table(summary: Mapping[str, Any]) -> str:

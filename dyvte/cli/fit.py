@@ -12,7 +12,7 @@ from dyvte.config import FitConfig
 if TYPE_CHECKING:
     from dyvte.heads import ExitHeads
 
-SHOWN = ("alpha", "delta", "samples", "risk", "bound", "mean_exit_layer")
+SHOWN = ("alpha", "delta", "samples", "risk", "bound", "saved")
 EXAMPLES = (
     "dyvte fit configs/train.yaml alpha=0.02 output=runs/heads",
     "dyvte fit traces=runs/traces/train calibration=runs/traces/held-out output=runs/heads",
@@ -38,6 +38,6 @@ def run(config: FitConfig) -> None:
 
 def promise_of(heads: ExitHeads) -> str:
     """What the calibration of heads came to, as JSON; without a promise, their threshold alone."""
-    calibration = heads.config.calibration or {}
-    found = {key: calibration[key] for key in SHOWN if key in calibration}
+    promise = heads.config.promise
+    found = {} if promise is None else {name: getattr(promise, name) for name in SHOWN}
     return json.dumps({"threshold": heads.config.threshold} | found, indent=2)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from dyvte.heads.config import ExitHeadsConfig
+from dyvte.promise import Promise
 
 
-def model_card(config: ExitHeadsConfig, parameters: int) -> str:
+def model_card(config: ExitHeadsConfig, parameters: int, together: Promise | None = None) -> str:
     """The README.md of a checkpoint: what it is for, how to use it, how it was made.
 
     Args:
         parameters: how many the heads have.
+        together: the promise of the heads on top of a pruning, which they do not keep alone.
     """
+    promise = config.promise if together is None else together
     base = config.base_model or "an unrecorded base model"
     lines = [
         "---",
@@ -26,8 +32,7 @@ def model_card(config: ExitHeadsConfig, parameters: int) -> str:
         "```python",
         "import dyvte",
         "",
-        'heads = dyvte.ExitHeads.from_pretrained("path/to/this/checkpoint")',
-        "with dyvte.visual_exit(model, dyvte.LearnedExit(heads)) as exits:",
+        'with dyvte.reduce_tokens(model, dyvte.load("path/to/this/checkpoint")) as exits:',
         "    output = model.generate(**inputs)",
         "exits.layers  # the exit layer of each sample",
         "```",
@@ -44,12 +49,37 @@ def model_card(config: ExitHeadsConfig, parameters: int) -> str:
         f"| guard | {'none' if config.guard is None else f'{config.guard:g} of usual samples pass'} |",
         f"| dyvte | {config.dyvte_version} |",
     ]
-    for title, values in (("How the threshold was chosen", config.calibration), ("Training", config.training)):
-        shown = {k: v for k, v in (values or {}).items() if isinstance(v, (str, int, float))}
-        if shown:
-            lines += ["", f"## {title}", "", "| | |", "|---|---|"]
-            lines += [
-                f"| {key} | {value:.6g} |" if isinstance(value, float) else f"| {key} | {value} |"
-                for key, value in shown.items()
-            ]
+    if promise is not None:
+        lines += ["", "## The promise", "", *promise_rows(promise)]
+    shown = {k: v for k, v in (config.training or {}).items() if isinstance(v, (str, int, float))}
+    if shown:
+        lines += ["", "## Training", "", *_table(shown)]
     return "\n".join(lines) + "\n"
+
+
+def promise_rows(promise: Promise) -> list[str]:
+    """A promise in a sentence and a table, as lines of Markdown."""
+    return [
+        f"With {100 * (1 - promise.delta):g} % confidence at most {100 * promise.alpha:g} % of the answers differ from "
+        "the dense model's, on samples like those of the calibration.",
+        "",
+        *_table(
+            promise.setting
+            | {
+                "alpha": promise.alpha,
+                "delta": promise.delta,
+                "samples": promise.samples,
+                "risk": promise.risk,
+                "bound": promise.bound,
+                "visual-token layers left out": promise.saved,
+                "rule": promise.rule,
+                "content": promise.content or "not recorded",
+                "images shared with training": "not known" if promise.shared_images is None else promise.shared_images,
+            }
+        ),
+    ]
+
+
+def _table(values: Mapping[str, Any]) -> list[str]:
+    rows = (f"{value:.6g}" if isinstance(value, float) else str(value) for value in values.values())
+    return ["| | |", "|---|---|", *(f"| {key} | {row} |" for key, row in zip(values, rows))]

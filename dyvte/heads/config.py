@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from dyvte.promise import Promise
 from dyvte.runtime.compat import PreTrainedConfig
 from dyvte.version import __version__
 
@@ -39,7 +40,7 @@ class ExitHeadsConfig(PreTrainedConfig):
             decision travels to the host while the layer before the exit runs, so that a GPU need not wait for it.
         guard: share of usual samples that the guard lets pass, at each layer by their text state and once by their
             image; None: there is no guard. What is unlike training does not exit, since no promise covers it.
-        calibration: how the threshold was chosen, with the risk it keeps; empty if by no rule.
+        calibration: the record of the promise that the threshold keeps, see :attr:`promise`; None: there is none.
         training: data, settings and figures of the training run.
         dyvte_version: version that made the checkpoint.
 
@@ -86,6 +87,11 @@ class ExitHeadsConfig(PreTrainedConfig):
         exits = range(1, self.num_layers) if self.exits is None else self.exits
         return [e for e in exits if e > self.lookahead]
 
+    @property
+    def promise(self) -> Promise | None:
+        """The promise that the threshold keeps; None: there is none."""
+        return None if self.calibration is None else Promise.from_dict(self.calibration)
+
     def _check(self) -> None:
         if self.form not in FORMS:
             raise ValueError(f"unknown form of exit heads {self.form!r}: choose one of {', '.join(FORMS)}")
@@ -95,6 +101,12 @@ class ExitHeadsConfig(PreTrainedConfig):
             raise ValueError(
                 f"these heads read another text state ({self.text_state!r}) than this version of dyvte gives "
                 f"({TEXT_STATE!r}): use the version that made them ({self.dyvte_version})"
+            )
+        promise = self.promise
+        if promise is not None and promise.setting != {"learned.threshold": self.threshold}:
+            raise ValueError(
+                f"threshold {self.threshold} is not the one that was promised, {promise.setting}: calibrate again, or "
+                "leave the config as it is and give LearnedExit the threshold"
             )
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must lie in (0, 1], not {self.threshold}")

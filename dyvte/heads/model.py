@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,9 @@ from dyvte.heads.card import model_card
 from dyvte.heads.config import ExitHeadsConfig
 from dyvte.heads.guard import ALL_LAYERS, Guard
 from dyvte.heads.published import PublishedHead, read_gates
-from dyvte.heads.risk import threshold_for
-from dyvte.heads.samples import Samples, read_samples, write_samples
+from dyvte.heads.samples import FILE, Samples, read_samples, write_samples
 from dyvte.heads.shared import SharedHead
-from dyvte.provenance import atomic_write
+from dyvte.provenance import atomic_folder, atomic_write
 
 
 @contextmanager
@@ -36,6 +36,10 @@ def _without_zero3() -> Iterator[None]:
     finally:
         if alive is not None:
             deepspeed.set_hf_deepspeed_config(alive)
+
+
+def _of_heads(name: str) -> bool:
+    return name in ("config.json", "README.md", FILE) or fnmatch(name, "model*.safetensors*")
 
 
 class ExitHeads(PreTrainedModel):
@@ -111,7 +115,10 @@ class ExitHeads(PreTrainedModel):
         Raises:
             ValueError: the heads were never calibrated, or not on enough samples for such a risk.
         """
-        return threshold_for(self.config.calibration, risk)
+        promise = self.config.promise
+        if promise is None:
+            raise ValueError("these heads carry no risk curve: run `dyvte calibrate`, or give a threshold")
+        return promise.with_risk(risk).setting["learned.threshold"]
 
     def usual_images(self, visual: torch.Tensor) -> torch.Tensor | None:
         """Which mean visual tokens [n, hidden_size] are like those of training: bool [n]; None: no guard."""
@@ -190,18 +197,15 @@ class ExitHeads(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Writes config.json, model.safetensors, what is remembered of training, and a model card, README.md.
 
-        All of it is written elsewhere in the folder first, so that an error leaves what was there.
+        All of them take the place of those of other heads in one step; whatever else is in the folder stays.
         """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as fresh:
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with atomic_folder(save_directory, _of_heads) as fresh:
             super().save_pretrained(fresh, *args, **kwargs)
             write_samples(fresh, self.trained_on)
             card = model_card(self.config, sum(p.numel() for p in self.parameters()))
-            atomic_write(Path(fresh, "README.md"), card)
-            write_samples(folder, None)  # those of other heads
-            for path in Path(fresh).iterdir():
-                os.replace(path, folder / path.name)
+            atomic_write(fresh / "README.md", card)
 
     def push_to_hub(
         self,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from dyvte.promise import Curve, Promise, Reliability
 from dyvte.report.style import COLOURS, FAINT, INK, PER_CENT
 
 MAX_KINDS = 16
@@ -42,31 +42,30 @@ def plot_exit_layers(bars: Mapping[str, Sequence[int]]) -> Figure:
     return figure
 
 
-def plot_risk(curve: Mapping[str, Any]) -> Figure:
-    """Risk with its bound, and the share of visual-token layers saved, against the threshold."""
-    _check_lists(curve, "curve.json", ("threshold", "risk", "bound", "saved"))
+def plot_risk(promise: Promise) -> Figure:
+    """Risk with its bound, and the share of visual-token layers saved, from setting to setting."""
+    curve = promise.curve
     figure = Figure(figsize=(5.6, 4.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    threshold = curve["threshold"]
-    upper.fill_between(threshold, curve["risk"], curve["bound"], color=COLOURS[0], alpha=0.18, linewidth=0)
-    bound = "upper bound" if "delta" not in curve else f"upper bound, {100 * (1 - curve['delta']):.0f} % confidence"
-    upper.plot(threshold, curve["bound"], color=COLOURS[0], linewidth=1.0, linestyle=(0, (4, 2)), label=bound)
-    upper.plot(threshold, curve["risk"], color=COLOURS[0], linewidth=1.6, label="changed answers")
-    lower.plot(threshold, curve["saved"], color=COLOURS[2], linewidth=1.6)
-    if curve.get("alpha") is not None:
-        upper.axhline(curve["alpha"], color=COLOURS[1], linewidth=1.0, label=f"asked: {100 * curve['alpha']:g} %")
-    if curve.get("chosen") is not None:
-        for axis in (upper, lower):
-            axis.axvline(curve["chosen"], color=INK, linewidth=0.8, linestyle=":")
-        lower.text(curve["chosen"], 1.0, " chosen", transform=lower.get_xaxis_transform(), va="top", fontsize=8)
-    inside = [t for t in threshold if 0 < t < 1]
+    place, label = _axis_of(curve)
+    marker = "o" if len(curve) <= 20 else None
+    upper.fill_between(place, curve.risk, curve.bound, color=COLOURS[0], alpha=0.18, linewidth=0)
+    bound = f"upper bound, {100 * (1 - promise.delta):.0f} % confidence"
+    upper.plot(place, curve.bound, color=COLOURS[0], linewidth=1.0, linestyle=(0, (4, 2)), label=bound)
+    upper.plot(place, curve.risk, color=COLOURS[0], linewidth=1.6, marker=marker, markersize=3, label="changed answers")
+    lower.plot(place, curve.saved, color=COLOURS[2], linewidth=1.6, marker=marker, markersize=3)
+    upper.axhline(promise.alpha, color=COLOURS[1], linewidth=1.0, label=f"asked: {100 * promise.alpha:g} %")
+    for axis in (upper, lower):
+        axis.axvline(place[promise.chosen], color=INK, linewidth=0.8, linestyle=":")
+    lower.text(place[promise.chosen], 1.0, " chosen", transform=lower.get_xaxis_transform(), va="top", fontsize=8)
+    inside = [t for t in place if 0 < t < 1]
     if inside and sorted(inside)[len(inside) // 2] > 0.9:  # almost everything happens close to 1
         lower.set_xscale("logit")
         lower.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.10g}"))
         lower.xaxis.set_minor_formatter(NullFormatter())
     upper.set_ylabel("changed answers")
     lower.set_ylabel("visual layers\nsaved")
-    lower.set_xlabel("threshold: probability of agreement that must be exceeded to exit")
+    lower.set_xlabel(label)
     for axis in (upper, lower):
         axis.yaxis.set_major_formatter(PER_CENT)
         axis.set_ylim(bottom=0)
@@ -75,10 +74,19 @@ def plot_risk(curve: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def plot_reliability(table: Mapping[str, Any]) -> Figure:
+def _axis_of(curve: Curve) -> tuple[Sequence[float], str]:
+    """Where the settings stand on an axis, and its name: by the value of the one number that varies, or in order."""
+    names, values = list(curve.varied), list(curve.varied.values())
+    if names == ["learned.threshold"]:
+        return values[0], "threshold: probability of agreement that must be exceeded to exit"
+    if len(names) == 1 and all(isinstance(value, (int, float)) for value in values[0]):
+        return values[0], names[0].replace(".", ": ")
+    return range(1, len(curve) + 1), "setting, from the safest to the boldest"
+
+
+def plot_reliability(table: Reliability) -> Figure:
     """How often exits agreed against how sure the heads were."""
-    _check_lists(table, "reliability.json", ("confidence", "frequency", "count"))
-    kept = [(c, f, n) for c, f, n in zip(table["confidence"], table["frequency"], table["count"]) if n > 0]
+    kept = [(c, f, n) for c, f, n in zip(table.confidence, table.frequency, table.count) if n > 0]
     figure = Figure(figsize=(3.6, 3.7), layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1, label="as sure as right")
@@ -94,10 +102,3 @@ def plot_reliability(table: Mapping[str, Any]) -> Figure:
     axis.set_xlabel("probability of agreement the heads gave")
     axis.set_ylabel("share that agreed")
     return figure
-
-
-def _check_lists(content: Mapping[str, Any], name: str, keys: Sequence[str]) -> None:
-    missing = [key for key in keys if not isinstance(content, Mapping) or not isinstance(content.get(key), list)]
-    lengths = {len(content[key]) for key in keys if key not in missing}
-    if missing or len(lengths) != 1 or lengths == {0}:
-        raise ValueError(f"{name} must hold lists of one length, {', '.join(keys)}; missing: {missing or 'none'}")

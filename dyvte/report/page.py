@@ -1,8 +1,7 @@
 """Runs of :mod:`dyvte.evaluation.runner` as one web page and as figures for a paper or an issue.
 
-Reads every folder with a ``summary.json`` under a directory. A run's folder may also hold ``curve.json`` (lists
-``threshold``, ``risk``, ``bound``, ``saved``; optionally ``alpha``, ``delta``, ``chosen``) and ``reliability.json``
-(lists ``confidence``, ``frequency``, ``count``).
+Reads every folder with a ``summary.json`` under a directory. A run's folder may also hold a ``promise.json``
+(:class:`dyvte.promise.Promise`), whose curve is then shown.
 """
 
 from __future__ import annotations
@@ -143,9 +142,10 @@ def _figures(run: Run, policy: str | None) -> Iterator[tuple[str, Figure, str]]:
             f"Exit layers of {policy} per kind of question: after how many layers the visual tokens left. Line: mean."
         )
         yield "exit-layers", plot_exit_layers(bars), caption
-    if (curve := run.read("curve.json")) is not None:
-        caption = "Share of changed answers against the threshold, with its upper confidence bound, and what is saved."
-        yield "risk", plot_risk(curve), caption
-    if (reliability := run.read("reliability.json")) is not None:
+    promise = run.promise
+    if promise is not None:
+        caption = "Share of changed answers in every setting, with its upper confidence bound, and what is saved."
+        yield "risk", plot_risk(promise), caption
+    if promise is not None and promise.reliability is not None:
         caption = "Reliability of the heads: how often an exit agreed, against how sure they were. Area: samples."
-        yield "reliability", plot_reliability(reliability), caption
+        yield "reliability", plot_reliability(promise.reliability), caption

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dyvte.promise import FILE as PROMISE
+from dyvte.promise import Promise
 from dyvte.provenance import read_json
 
 DENSE = "dense"
@@ -43,6 +45,11 @@ class Run:
         order = sorted(adaptive, key=lambda name: name.startswith(("oracle", "random")) - name.startswith("learned"))
         others = [name for name in self.policies if name != DENSE]
         return (order or others or [None])[0]
+
+    @property
+    def promise(self) -> Promise | None:
+        """The promise that lies in the folder; None if there is none."""
+        return Promise.read(self.folder) if (self.folder / PROMISE).exists() else None
 
     def read(self, name: str) -> Any:
         """The content of a JSON file that may lie in the folder; None if there is none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -161,3 +161,37 @@ class Group:
         if self._shared is None:
             self._shared = value if self.whole and not self._some else type(value)()
         return self._shared
+
+
+def gather_columns(groups: Sequence[Group], tokens: KeptTokens, length: int) -> torch.Tensor:
+    """The states of tokens that no method drops, from wherever the samples of a batch are: [batch, width, d].
+
+    Args:
+        groups: every sample of the batch once.
+        tokens: of the whole batch.
+        length: columns of the prompt.
+    """
+    if len(groups) == 1 and groups[0].whole:
+        return tokens.gather(groups[0].hidden)
+    parts = []
+    for group in groups:
+        device = group.hidden.device
+        index = tokens.index[group.samples_on(tokens.index.device)].to(group.tokens.index.device)
+        place = group.tokens.places(length).gather(1, index).to(device)
+        parts.append(group.hidden[torch.arange(len(place), device=device)[:, None], place])
+    return _in_order(parts, groups)
+
+
+def text_states(groups: Sequence[Group], prompt: Prompt, spec: DecoderSpec) -> torch.Tensor:
+    """The text states of a batch whose samples are in these groups, every one once: float32 [batch, 2d]."""
+    if len(groups) == 1 and groups[0].whole:
+        return prompt.reader(spec.read(groups[0].hidden))
+    everyone = [group.memo(lambda g=group: torch.arange(len(g.samples)), "everyone") for group in groups]
+    parts = [group.reader(places)(spec.read(group.hidden)) for group, places in zip(groups, everyone)]
+    return _in_order(parts, groups)
+
+
+def _in_order(parts: Sequence[torch.Tensor], groups: Sequence[Group]) -> torch.Tensor:
+    device = parts[0].device
+    order = torch.cat([group.samples for group in groups]).argsort()
+    return torch.cat([part.to(device) for part in parts])[order.to(device)]

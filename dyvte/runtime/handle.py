@@ -18,9 +18,9 @@ from dyvte.runtime.decoder import DecoderSpec
 from dyvte.runtime.edits import Edits, LayerEdit
 from dyvte.runtime.engine import Engine
 from dyvte.runtime.prefill import PromptPass
+from dyvte.runtime.reading import attention_layers, tower_of
 from dyvte.runtime.reduction import Reduction, as_reduction
 from dyvte.runtime.view import LayerView
-from dyvte.runtime.vision import VisionTower
 
 RECORDED = 4096  # prompts
 
@@ -158,20 +158,13 @@ class Handle:
         self.method = as_reduction(method)
         self.spec = DecoderSpec.of(model, decoder)
         method.check(self.spec)
-        read = {
-            layer - 1
-            for part in method.parts()
-            if part.reads_attention
-            for layer in (part.layers if part.layers is not None else range(1, self.spec.num_layers))
-        }
-        seen = [part.reads_vision for part in method.parts() if part.reads_vision is not None]
-        tower = VisionTower(self.spec.model) if seen else None  # before anything is attached
+        tower = tower_of(self.spec, method)  # before anything is attached
         self._edits = Edits(self.spec, [part for part in method.parts() if isinstance(part, LayerEdit)])
         self._told = threading.local()
         self._engine = Engine(
-            self.spec, visual_mask, self._begin, self._finish, method.check_rows, tuple(sorted(read - {-1}))
+            self.spec, visual_mask, self._begin, self._finish, method.check_rows, attention_layers(self.spec, method)
         )
-        self._vision = tower.watch(seen) if tower is not None else None
+        self._vision = tower() if tower is not None else None
         self._edits.attach(self._editing)
 
     def detach(self) -> None:

@@ -96,11 +96,11 @@ class Both(Reduction):
         return Both(self.first.keyed(keys), self.second.keyed(keys))
 
     def check(self, spec: DecoderSpec) -> None:
-        for reduction in self.parts():
+        for reduction in (self.first, self.second):
             reduction.check(spec)
 
     def check_rows(self, rows: int) -> None:
-        for reduction in self.parts():
+        for reduction in (self.first, self.second):
             reduction.check_rows(rows)
 
 

@@ -15,9 +15,10 @@ import torch
 from scipy.stats import beta
 
 from dyvte.heads import ExitHeads
-from dyvte.heads.risk import boldest_safe
+from dyvte.promise import Curve, Promise, Reliability, boldest_safe
 from dyvte.training.fit import probability_of
 from dyvte.training.held_out import check_held_out
+from dyvte.training.identity import IDENTITY
 from dyvte.training.store import TraceSet
 
 
@@ -43,11 +44,13 @@ class RiskCurve:
     samples: int
     delta: float
 
-    def thinned(self) -> dict[str, list[float]]:
-        """As lists, with one point, the boldest, of every run of thresholds that have the same bound."""
+    def thinned(self) -> Curve:
+        """For the record: one point, the boldest, of every run of thresholds that have the same bound."""
         last = torch.cat([self.bound[1:] != self.bound[:-1], torch.ones(1, dtype=torch.bool)])
-        names = ("threshold", "risk", "bound", "saved")
-        return {name: [float(f"{v:.9g}") for v in getattr(self, name)[last].tolist()] for name in names}
+        threshold, risk, bound, saved = (
+            getattr(self, name)[last].tolist() for name in ("threshold", "risk", "bound", "saved")
+        )
+        return Curve({"learned.threshold": threshold}, risk, bound, saved)
 
 
 def exits_at(probability: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -135,7 +138,12 @@ def calibrate(
         ValueError: too few traces for that promise, traces of training or of another model, or no threshold keeps it.
     """
     check_enough(len(traces), alpha, delta)
-    shared = _refuse_training_samples(heads, traces, shared_images)
+    if traces.provenance.get("pruning") is not None:
+        raise ValueError(
+            f"these traces are of a pruned model ({traces.provenance['pruning']}), so a threshold alone would keep no "
+            "promise: calibrate both with dyvte.training.together, or trace without the pruning"
+        )
+    shared = refuse_training_samples(heads, traces, shared_images)
     source = traces.provenance
     heads.check_fits(
         traces.num_layers, traces.state.shape[-1] // 2, source.get("base_model"), weights=source.get("weights")
@@ -148,27 +156,28 @@ def calibrate(
     same = traces.agreement >= 1
     probability = probability_of(heads, traces)
     curve = risk_curve(probability, same, delta)
-    chosen = boldest_safe(curve.bound.tolist(), alpha)
+    shown = curve.thinned()
+    chosen = boldest_safe(shown.bound, alpha)
     if chosen is None:
         raise ValueError(f"no threshold keeps the risk below {alpha} with confidence {1 - delta:g}: allow more risk")
-    if curve.saved[chosen] == 0:
+    if shown.saved[chosen] == 0:
         warnings.warn(f"these heads will never exit: {_what_would_do(curve, alpha)}", stacklevel=2)
     columns = [*(e - 1 for e in heads.config.decided), traces.num_layers - 1]
-    heads.config.threshold = float(curve.threshold[chosen])
-    heads.config.calibration = {
-        "alpha": alpha,
-        "delta": delta,
-        "samples": curve.samples,
-        "risk": float(curve.risk[chosen]),
-        "bound": float(curve.bound[chosen]),
-        "mean_exit_layer": float(curve.exit_layer[chosen]),
-        "data": source.get("data"),
-        "content": source.get("content"),
-        "shared_images": shared,
-        "rule": "Clopper-Pearson bound, fixed-sequence testing from the safest threshold",
-        "curve": curve.thinned(),
-        "reliability": reliability(probability[:, columns], same[:, columns]),
-    }
+    promise = Promise(
+        alpha=alpha,
+        delta=delta,
+        samples=curve.samples,
+        methods=["learned"],
+        curve=shown,
+        chosen=chosen,
+        base_model=source.get("base_model"),
+        identity={name: source[name] for name in IDENTITY} if all(name in source for name in IDENTITY) else None,
+        data=source.get("data"),
+        content=source.get("content"),
+        shared_images=shared,
+        reliability=reliability(probability[:, columns], same[:, columns]),
+    )
+    heads.config.threshold, heads.config.calibration = promise.setting["learned.threshold"], promise.as_dict()
     return curve
 
 
@@ -186,7 +195,7 @@ def check_enough(samples: int, alpha: float, delta: float) -> None:
         )
 
 
-def _refuse_training_samples(heads: ExitHeads, traces: TraceSet, shared_images: bool) -> int | None:
+def refuse_training_samples(heads: ExitHeads, traces: TraceSet, shared_images: bool) -> int | None:
     """How many images are shared with training; None where it cannot be known."""
 
     def marks(data: Any) -> set[str]:
@@ -224,7 +233,7 @@ def _what_would_do(curve: RiskCurve, alpha: float) -> str:
     return f"{text}, or about {needed} samples with alpha={alpha}"
 
 
-def reliability(probability: torch.Tensor, same: torch.Tensor, bins: int = 15) -> dict[str, list[float]]:
+def reliability(probability: torch.Tensor, same: torch.Tensor, bins: int = 15) -> Reliability:
     """How often the answer stayed the same where the heads gave a probability of so much: binned, all exit layers."""
     said, kept = probability[:, :-1].flatten().double(), same[:, :-1].flatten().double()
     place = (said * bins).long().clamp(max=bins - 1)
@@ -232,7 +241,7 @@ def reliability(probability: torch.Tensor, same: torch.Tensor, bins: int = 15) -
     filled = count > 0
     means = (torch.bincount(place, values, minlength=bins)[filled] / count[filled] for values in (said, kept))
     confidence, frequency = (mean.tolist() for mean in means)
-    return {"confidence": confidence, "frequency": frequency, "count": count[filled].tolist()}
+    return Reliability([min(c, 1.0) for c in confidence], frequency, count[filled].tolist())
 
 
 def compare(heads: ExitHeads, traces: TraceSet, threshold: float | None = None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dyvte import promise
 from dyvte.data import Sample
 from dyvte.identity import model_fingerprint, processor_fingerprint
 from dyvte.provenance import differing, versions
@@ -26,12 +27,13 @@ SETTINGS = {
     "answers": "trace the same answers",
     "max_new_tokens": "let answers be as long",
     "exits": "trace the same exits",
+    "pruning": "trace on top of the same pruning",
     "batch_size": "padding changes bits: use the same batch_size",
     "samples": "the data set has another number of samples",
     "source": "the data config, or the file it names, has changed",
     "plan": "use the same unit_size, seed and samples",
 }
-IDENTITY = ("weights", "dtype", "attention", "processor")  # what of it goes into heads
+IDENTITY = promise.IDENTITY  # what of it goes into heads
 MIXABLE = ("format", "weights", "dtype", "attention", "processor", "answers", "exits")
 
 
@@ -44,6 +46,7 @@ def trace_record(
     max_new_tokens: int,
     template: str | None,
     exits: int | Sequence[int] | None,
+    pruning: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What is noted beside traces, as JSON can hold it."""
     base = spec.model
@@ -59,6 +62,7 @@ def trace_record(
         "hidden_size": spec.config.hidden_size,
         "min_layer": spec.min_layer,
         "exits": None if exits is None else traced_exits(exits, spec),
+        "pruning": None if pruning is None else dict(pruning),
         "answers": answers,
         "max_new_tokens": max_new_tokens,
         "batch_size": plan.batch_size,

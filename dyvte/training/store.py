@@ -148,7 +148,7 @@ def load_traces(*folders: str | os.PathLike) -> TraceSet:
     if not folders:
         raise ValueError("no trace folder was named")
     first: dict[str, Any] | None = None
-    data, contents, places = [], [], []
+    data, contents, places, prunings = [], [], [], []
     units: list[tuple[Path, int]] = []
     columns: dict[str, list[Any]] = {name: [] for name in (*TENSORS, "answers")}
     for folder in map(Path, folders):
@@ -158,6 +158,7 @@ def load_traces(*folders: str | os.PathLike) -> TraceSet:
         if first is not None:
             check_mixable(folder, first, record)
         first = first or record
+        prunings.append(record.get("pruning"))
         data.append(record["data"])
         index, place, content = [], [], []
         for number, manifest in _units(folder, record["samples"]):
@@ -188,9 +189,14 @@ def load_traces(*folders: str | os.PathLike) -> TraceSet:
     return TraceSet(
         **mapped | {"agreement": agreement, "dense_nll": mapped["dense_nll"][:]},
         rows=MappedTexts(units, unit, row),
-        provenance=first | {"data": data, "content": digest.hexdigest()},
+        provenance=first | {"data": data, "content": digest.hexdigest(), "pruning": _common(prunings)},
         content=content,
     )
+
+
+def _common(prunings: list[Any]) -> Any:
+    """The pruning that all were traced on top of; a list of them where they differ, which heads may learn from."""
+    return prunings[0] if all(pruning == prunings[0] for pruning in prunings) else prunings
 
 
 def _read_json(path: Path, missing: str) -> dict[str, Any]:

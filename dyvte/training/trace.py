@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from dyvte.runtime.bypass import Bypass
 from dyvte.runtime.calls import VisualMask
 from dyvte.runtime.decoder import DecoderSpec, visual_tokens
+from dyvte.runtime.edits import LayerEdit
 from dyvte.runtime.engine import Engine
 from dyvte.runtime.locate import without_engine
 from dyvte.runtime.prompt import Prompt
+from dyvte.runtime.reading import attention_layers, tower_of
+from dyvte.runtime.reduction import Reduction
 from dyvte.runtime.splice import SplicedVisualMask
 from dyvte.training.trace_pass import Trace, TracePass, refuse_without_image
 
@@ -30,6 +34,7 @@ def trace_batch(
     visual_mask: VisualMask | None = None,
     decoder: str | nn.Module | None = None,
     exits: int | Sequence[int] | None = None,
+    pruning: Reduction | None = None,
     **more: Any,
 ) -> Trace:
     """Traces a batch: one forward pass of the frozen model, with all exits as branches beside it.
@@ -44,10 +49,13 @@ def trace_batch(
         exits: which exit layers to trace: a stride k (every k-th layer that the model allows, and the last before L),
             or a list; all by default. A long text costs (L - 1) / 2 passes of the text for all exits, and 1 / k of
             that with a stride.
+        pruning: a method that drops tokens, at work in the traced pass: what is traced is the model with it. The given
+            answer, which should be that of the untouched model, is then what agreement is with, so ``labels`` are
+            needed; KL is to the pruned model.
 
     Raises:
-        ValueError: a sample without visual tokens, without text after them, labels before the last visual token, or
-            states or logits that are not finite.
+        ValueError: a pruning that cannot be traced, a sample without visual tokens, without text after them, labels
+            before the last visual token, or states or logits that are not finite.
     """
     spec = DecoderSpec.of(model, decoder)
     traced = traced_exits(exits, spec)
@@ -60,21 +68,43 @@ def trace_batch(
         raise ValueError(f"labels must be [batch, sequence] like the tokens {list(tokens.shape[:2])}, -100 off-answer")
     if visual_mask is None and inputs.get("input_ids") is not None:
         refuse_without_image(visual_tokens(spec.model, inputs["input_ids"]).any(1))  # before images are encoded
+    if pruning is not None:
+        _check_pruning(pruning, spec, labels)
+    tower = None if pruning is None else tower_of(spec, pruning)
     passes: list[TracePass] = []
 
     def begin(prompt: Prompt, hidden: torch.Tensor, cache: Any, past: torch.Tensor) -> TracePass:
         own = labels
         if own is not None and isinstance(visual_mask, SplicedVisualMask):
             own = visual_mask.expand(own, -100)
-        return TracePass(spec, prompt, hidden, cache, past, own, traced)
+        run = TracePass(spec, prompt, hidden, cache, past, own, traced)
+        if pruning is not None:
+            run.prune(pruning, None if vision is None else vision.take())
+        return run
 
     called = spec.model if inputs.get("adapter_names") is None else _adapted(model, spec)
-    engine = Engine(spec, visual_mask, begin, passes.append)
+    read = () if pruning is None else attention_layers(spec, pruning)
+    engine = Engine(spec, visual_mask, begin, passes.append, attention_of=read)
+    vision = tower() if tower is not None else None
     try:
         logits = called(**inputs, use_cache=False).logits
     finally:
         engine.remove()
+        if vision is not None:
+            vision.remove()
     return passes[0].finish(logits)
+
+
+def _check_pruning(pruning: Reduction, spec: DecoderSpec, labels: torch.Tensor | None) -> None:
+    if labels is None:
+        raise ValueError("a trace under a pruning needs the dense answer: give it with labels, see trace_batch")
+    for part in pruning.parts():
+        if isinstance(part, (LayerEdit, Bypass)):
+            raise ValueError(
+                f"{type(part).__name__} changes what layers compute, which exits cannot be traced on top of: choose a "
+                "method that drops tokens, such as FastV"
+            )
+    pruning.check(spec)
 
 
 def _adapted(model: nn.Module, spec: DecoderSpec) -> nn.Module:

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from dyvte.runtime.decoder import DecoderSpec
-from dyvte.runtime.groups import Group
+from dyvte.runtime.groups import Group, gather_columns, text_states
 from dyvte.runtime.placement import shared_by_ranks
 from dyvte.runtime.prefill import PromptPass
 from dyvte.runtime.prompt import Prompt
+from dyvte.runtime.reduction import Reduction
 from dyvte.runtime.tokens import KeptTokens
+from dyvte.runtime.vision import VisionAttention
 from dyvte.training.trace_head import TraceHead
 
 LOGITS_AT_ONCE = 256 * 2**20  # bytes of logits, in float32
@@ -53,6 +55,7 @@ class Trace:
             VTW, arXiv 2405.05803).
         dense_nll: float32 [batch].
         text_tokens, visual_tokens: long [batch], how many of each the prompt has.
+        visual_counts: long [batch, L], the visual tokens that every layer works on without an exit.
     """
 
     state: torch.Tensor
@@ -63,6 +66,7 @@ class Trace:
     dense_nll: torch.Tensor
     text_tokens: torch.Tensor
     visual_tokens: torch.Tensor
+    visual_counts: torch.Tensor
 
     def to(self, device: str | torch.device) -> Trace:
         return Trace(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
@@ -82,7 +86,7 @@ class TracePass(PromptPass):
         exits: Sequence[int],
     ):
         answer = None if labels is None else (labels.to(prompt.visual.device) != -100) & prompt.valid
-        prompt = Prompt.from_masks(prompt.visual, prompt.valid, answer)
+        prompt = Prompt.from_masks(prompt.visual, prompt.valid, answer, prompt.ids, prompt.copies)
         super().__init__(spec, prompt, hidden, cache, past)
         self.exits = exits
         refuse_without_image(prompt.can_leave)
@@ -96,6 +100,18 @@ class TracePass(PromptPass):
         self.visual = prompt.visual_state(spec.read(hidden))
         self.states: list[torch.Tensor] = []
         self.rows: torch.Tensor | None = None  # [exits + 1, batch, reads, d]: branch by branch, the dense model last
+        self.pruned, self.branch = False, None  # the branches under way are one group, beside those of the samples
+        self.visual_counts = prompt.visual.sum(1, keepdim=True).repeat(1, spec.num_layers)
+
+    def prune(self, method: Reduction, vision: VisionAttention | None) -> None:
+        """Traces the model with a method at work; branches are text alone, which no method drops."""
+        self.pruned, self.vision = True, vision
+        self.start(method)
+
+    @property
+    def _mains(self) -> list[Group]:
+        """The samples as the model runs them; one group, but where a pruning parts them."""
+        return [group for group in self.groups if group is not self.branch]
 
     def _predicting(self) -> torch.Tensor:
         """bool [batch, sequence], the tokens whose logits matter: those before the answer's; the last prompt token."""
@@ -112,28 +128,32 @@ class TracePass(PromptPass):
 
     def _reduce(self, index: int) -> None:
         """After ``index`` layers: reads the text states, and lets a branch be born."""
-        main = self.groups[0]
         if index > 0:
-            self.states.append(self.prompt.reader(self.spec.read(main.hidden)))
+            self.states.append(text_states(self._mains, self.prompt, self.spec))
+        if self.pruned:
+            mains = self.decisions.reduce(index, self._mains, self.attention, self.vision)
+            self.groups = [*mains, *([self.branch] if self.branch is not None else [])]
+            for group in mains:
+                rows, counts = group.samples.to(self.visual_counts.device), group.visual.sum(1)
+                self.visual_counts[rows, index] = counts.to(self.visual_counts.device)
         if index not in self.exits:
             return
-        rows, branches = self.text.gather(main.hidden), 1
-        if len(self.groups) > 1:
-            rows = torch.cat([self.groups[1].hidden.to(rows.device), rows])
+        rows, branches = gather_columns(self._mains, self.text, self.length), 1
+        if self.branch is not None:
+            rows = torch.cat([self.branch.hidden.to(rows.device), rows])
             branches = len(rows) // self.batch
         samples = torch.arange(self.batch).repeat(branches)
         tokens = KeptTokens(self.text.index.repeat(branches, 1), self.text.valid.repeat(branches, 1), self.text.ragged)
-        branch = Group(self.prompt, samples, tokens, rows, samples[:0], None)
-        self.groups = [main, branch]
+        mains, self.branch = self._mains, Group(self.prompt, samples, tokens, rows, samples[:0], None)
+        self.groups = [*mains, self.branch]
 
     def _full(self) -> torch.Tensor:
         """The rows that matter, for the model's own norm and head; too many of them are left for later."""
-        main = self.groups[0]
-        self.states.append(self.prompt.reader(self.spec.read(main.hidden)))
-        dense = self.reads.gather(main.hidden)
+        self.states.append(text_states(self._mains, self.prompt, self.spec))
+        dense = gather_columns(self._mains, self.reads, self.length)
         rows = [dense[None]]
-        if len(self.groups) > 1:
-            branch = self.groups[1]
+        if self.branch is not None:
+            branch = self.branch
             place = self.text.places(self.length).gather(1, self.reads.index)
             count = len(branch.hidden) // self.batch
             row = torch.arange(len(branch.hidden), device=branch.hidden.device)[:, None]
@@ -176,7 +196,8 @@ class TracePass(PromptPass):
             raise TraceError(_rows(~self.visual.isfinite().all(1)), f"visual tokens that are not finite: {_REMEDY}")
         prompt = self.prompt
         text = prompt.text if prompt.answer is None else prompt.text & ~prompt.answer
-        counts = [tokens.sum(1).to(logits.device) for tokens in (text, prompt.visual)]
+        counts = [tokens.sum(1) for tokens in (text, prompt.visual)] + [self.visual_counts]
+        counts = [count.to(logits.device) for count in counts]
         return Trace(state, self.visual.to(logits.device), agreement, nll, kl, nll[:, -1], *counts)
 
     def _measure(self, head: TraceHead, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -188,6 +209,7 @@ class TracePass(PromptPass):
         choice, dense_next = dense.argmax(-1), dense[row, first]
         targets = choice if self.targets is None else self.targets.to(device)[samples]
         targets = targets.where(valid, 0)
+        choice = targets if self.pruned else choice
 
         def mean(values: torch.Tensor) -> torch.Tensor:
             return (values * valid).sum(1) / count

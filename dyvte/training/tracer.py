@@ -13,6 +13,7 @@ from dyvte.data import GREEDY, Sample, encode
 from dyvte.runtime.calls import VisualMask
 from dyvte.runtime.decoder import visual_tokens
 from dyvte.runtime.locate import underlying_model, without_engine
+from dyvte.runtime.reduction import Reduction
 from dyvte.training.trace import trace_batch
 from dyvte.training.trace_pass import TraceError
 
@@ -30,6 +31,7 @@ def trace_samples(
     visual_mask: VisualMask | None = None,
     decoder: str | nn.Module | None = None,
     together: bool = False,
+    pruning: Reduction | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of one batch, see :mod:`dyvte.training.units` for their columns.
 
@@ -45,16 +47,17 @@ def trace_samples(
     inputs = encode(processor, samples, template).to(device, model.dtype)
     tokenizer = processor.tokenizer
     if answers == "dense":
-        ids = _greedy_answers(model, inputs, max_new_tokens, together)
+        ids = greedy_answers(model, inputs, max_new_tokens, together)
     else:
         rows = [tokenizer(sample.answers[0], add_special_tokens=False).input_ids for sample in samples]
         rows = [row + [tokenizer.eos_token_id] for row in rows]
         pad = max(map(len, rows))
         ids = torch.tensor([row + [-100] * (pad - len(row)) for row in rows], device=device)
-    answer = _answer_mask(ids, model.generation_config.eos_token_id)
+    answer = answer_mask(ids, model.generation_config.eos_token_id)
     traced = append_answer(inputs, ids, answer)
     try:
-        trace = trace_batch(model, traced, visual_mask, decoder, exits)
+        own = None if pruning is None else pruning.keyed([sample.id for sample in samples])
+        trace = trace_batch(model, traced, visual_mask, decoder, exits, own)
     except TraceError as error:
         names = ", ".join(repr(samples[row].id) for row in error.rows)
         raise ValueError(f"sample {names}: {error.reason}") from error
@@ -74,12 +77,13 @@ def trace_samples(
             "kl": trace.kl[i].half().cpu().numpy(),
             "dense_nll": float(trace.dense_nll[i]),
         }
+        | ({} if pruning is None else {"visual_counts": trace.visual_counts[i].tolist()})
         for i, sample in enumerate(samples)
     ]
 
 
 @torch.no_grad()
-def _greedy_answers(model: nn.Module, inputs: dict[str, Any], max_new_tokens: int, together: bool) -> torch.Tensor:
+def greedy_answers(model: nn.Module, inputs: dict[str, Any], max_new_tokens: int, together: bool) -> torch.Tensor:
     """The tokens after each prompt, [batch, answer length]."""
     prompt, given = inputs["input_ids"], dict(inputs)
     takes = inspect.signature(underlying_model(model).generate).parameters
@@ -99,7 +103,7 @@ def _half(states: torch.Tensor) -> torch.Tensor:
     return states.clamp(-limit, limit).half()
 
 
-def _answer_mask(ids: torch.Tensor, eos: int | list[int] | None) -> torch.Tensor:
+def answer_mask(ids: torch.Tensor, eos: int | list[int] | None) -> torch.Tensor:
     """True up to and including the first end-of-sequence token of each answer."""
     if eos is None:
         return ids >= 0

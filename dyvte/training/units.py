@@ -5,6 +5,7 @@ Columns of a unit:
     id, kind, question, answers, traced_answer, text_tokens, visual_tokens
     state      float16 [L * 2d]     visual    float16 [d]
     agreement  float32 [L]          nll, kl   float16 [L]       dense_nll  float32
+    visual_counts  int32 [L], under a pruning: the visual tokens that every layer works on without an exit
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def _features(row: Mapping[str, Any]) -> datasets.Features:
         | {"answers": datasets.List(value("string")), "text_tokens": value("int32"), "visual_tokens": value("int32")}
         | {name: numbers("float16", name) for name in ("state", "visual", "nll", "kl")}
         | {"agreement": numbers("float32", "agreement"), "dense_nll": value("float32")}
+        | ({"visual_counts": numbers("int32", "visual_counts")} if "visual_counts" in row else {})
     )
 
 

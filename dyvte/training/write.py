@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from dyvte.data import Readable, Sample, SampleError, TooManyErrors, sample_digest
 from dyvte.loading import sharing
+from dyvte.methods.families import build, methods_of
 from dyvte.provenance import claim, write_json
 from dyvte.ranks import Ranks
 from dyvte.runtime.calls import VisualMask
@@ -48,6 +49,7 @@ def write_traces(
     exits: int | Sequence[int] | None = None,
     visual_mask: VisualMask | None = None,
     decoder: str | nn.Module | None = None,
+    pruning: Mapping[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
     unit_size: int = MAX_UNIT,
     seed: int = 0,
@@ -67,6 +69,8 @@ def write_traces(
             that exit gives the identical answer; "dataset" traces the first given answer.
         exits: which exit layers to trace, see :func:`dyvte.trace_batch`.
         visual_mask, decoder: as in :func:`dyvte.attach`, for models of other code bases.
+        pruning: a method that drops tokens, by ``method.argument`` such as ``{fastv.layer: 2, fastv.keep: 0.5}``: what
+            is traced is the model with it, and agreement is with the answers of the model without it.
         provenance: what the samples come from, such as the data config, for the record.
         unit_size: samples per unit, the most that a kill costs each rank.
         seed: of the order of the samples.
@@ -88,9 +92,12 @@ def write_traces(
     ranks = Ranks() if ranks is None else ranks
     lengths = getattr(samples, "lengths", None)
     plan = Plan.of(len(samples), batch_size, unit_size, seed, lengths)
-    readable = Readable(_Traceable(samples, answers), on_error, max_errors)
+    readable = Readable(Traceable(samples, answers), on_error, max_errors)
     folder, spec = Path(folder), DecoderSpec.of(model, decoder)
-    record = trace_record(spec, processor, samples, plan, answers, max_new_tokens, template, exits)
+    record = trace_record(spec, processor, samples, plan, answers, max_new_tokens, template, exits, pruning)
+    method = None if pruning is None else build(methods_of(pruning), pruning)
+    if method is not None and answers != "dense":
+        raise ValueError("a trace under a pruning is about the model's own answers: use answers=dense")
     record["data"] = provenance or {}
     shared = sharing(model)
     run = partial(
@@ -104,11 +111,12 @@ def write_traces(
         visual_mask=visual_mask,
         decoder=decoder,
         together=shared == "weights" and ranks.world_size > 1,
+        pruning=method,
     )
     with ExitStack() as stack:
         with _faults_of(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(one_run(folder, run_name(ranks)))
+            stack.enter_context(one_run(folder, run_name(ranks.world_size)))
             if ranks.first:
                 _sweep(folder)
                 claim(folder / PROVENANCE, record, partial(check_same, folder))
@@ -136,7 +144,7 @@ def write_traces(
     return folder
 
 
-class _Traceable(Sequence[Sample]):
+class Traceable(Sequence[Sample]):
     """Samples, of which those that no trace can be made of are damaged."""
 
     def __init__(self, samples: Sequence[Sample], answers: str):
