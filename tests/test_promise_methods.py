@@ -18,7 +18,7 @@ import dyvte
 import dyvte.training.outcomes as module
 from dyvte.config import MethodConfig
 from dyvte.data import load_samples
-from dyvte.methods import METHODS
+from dyvte.methods import METHODS, by_name
 from dyvte.methods.families import FAMILIES, Family, Shape, build
 from dyvte.promise import Promise
 from dyvte.runtime.decoder import DecoderSpec
@@ -72,6 +72,12 @@ def test_on_other_families_of_models(name):
     layer = max(2, DecoderSpec.of(model).min_layer)
     methods = [dyvte.FastV(layer, 0.5), dyvte.FixedExit(layer), dyvte.FastV(layer, 0.3) & dyvte.FixedExit(layer + 1)]
     check_agreement(model, inputs, methods)
+
+
+@pytest.mark.parametrize("rows", ["prompt", "all"])
+def test_what_is_skipped_in_prompts_is_not_skipped_in_answers(rows):
+    methods = [by_name("skip_computations", layers=[1, 3], part=part, rows=rows) for part in ("ffn", "block")]
+    check_agreement(tiny_llava(), batch_of(*RAGGED), methods)
 
 
 def test_both_outcomes_happen():
