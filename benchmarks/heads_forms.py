@@ -43,7 +43,6 @@ def main() -> None:
             "lr": heads.config.training["lr"],
             "dropout": heads.config.training["dropout"],
             "epoch": heads.config.training["best_epoch"],
-            "seconds": heads.config.training["seconds"],
             "parameters_at_llava_7b": at_7b,
             "at_alpha_1_percent": compare(heads, test)["learned"],
         }

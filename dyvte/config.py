@@ -134,21 +134,26 @@ class FitSettings(Checked):
 
 @dataclass(kw_only=True)
 class OnlineSettings(Checked):
-    """How heads learn while the model is traced, with no states on the disk.
+    """How heads learn while the model is traced, with no states of training on the disk.
+
+    What counts is updates / round_size, the steps for every sample that is traced. Rounds should be as large as all
+    ranks trace at once, or a multiple.
 
     Args:
-        buffer: the latest traces that are kept to learn from again, over all ranks.
-        updates: steps after every batch of traces.
+        buffer: the latest traces that are kept in memory to learn from again, over all ranks.
+        round_size: samples that are traced before each turn of learning, over all ranks.
+        updates: steps of each such turn.
         batch_size: traces per step, over all ranks.
         passes: how often the data is traced.
-        save_every: batches between states to resume from.
+        save_every: rounds between states to resume from.
     """
 
     buffer: Count = 8192
-    updates: Count = 16
+    round_size: Count = 64
+    updates: Count = 64
     batch_size: Count = 128
     passes: Count = 1
-    save_every: Count = 32
+    save_every: Count = 8
 
 
 @dataclass(kw_only=True)
@@ -244,7 +249,7 @@ class CalibrateConfig(PromiseSettings):
         heads: folder of the heads; not needed with policy=vtw.
         output: folder of the recalibrated heads, in place if not given; with policy=vtw, a JSON file.
         vtw: how VTW chooses.
-        threads: CPU threads of this process.
+        threads: CPU threads of this process; torch's choice if not given.
     """
 
     traces: str | list[str]

@@ -100,7 +100,7 @@ def _is_sharded(value: Any) -> bool:
 @contextmanager
 def _whole(value: torch.Tensor) -> Iterator[torch.Tensor]:
     if hasattr(value, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([value]):
             yield value.data

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dyvte.config import ModelConfig
+from dyvte.heads import ExitHeads
 from dyvte.ranks import Ranks
 from dyvte.runtime.calls import VisualMask
 from dyvte.runtime.decoder import DecoderSpec
@@ -53,7 +58,8 @@ def load_mllm(config: ModelConfig, ranks: Ranks | None = None) -> Mllm:
     if config.adapter:
         from peft import PeftModel
 
-        mllm.model = PeftModel.from_pretrained(mllm.model, config.adapter)
+        with loading(config.adapter, "adapter"):
+            mllm.model = PeftModel.from_pretrained(mllm.model, config.adapter)
     mllm.model.eval().requires_grad_(False)
     if config.shard == "fsdp2":
         _shard_layers(mllm, ranks)
@@ -62,6 +68,56 @@ def load_mllm(config: ModelConfig, ranks: Ranks | None = None) -> Mllm:
     elif config.shard == "none" and not _is_placed(mllm.model):
         mllm.model.to(ranks.device)
     return mllm
+
+
+def load_heads(name: str) -> ExitHeads:
+    """Exit heads from a folder or the hub.
+
+    Raises:
+        ValueError: there are none that are whole.
+    """
+    with loading(name, "heads"):
+        return ExitHeads.from_pretrained(name)
+
+
+@contextmanager
+def loading(name: str, key: str) -> Iterator[None]:
+    """Turns whatever libraries make of a wrong folder or hub id into a ``ValueError`` with fault and remedy.
+
+    Args:
+        name: the folder or hub id.
+        key: what it was given as.
+    """
+    try:
+        yield
+    except Exception as error:  # each library on the way has kinds of its own, all of which mean: not such a thing
+        if "trust_remote_code" in str(error):
+            remedy = "it brings code of its own: read it, and set trust_remote_code=true to run it"
+        elif Path(name).exists():
+            remedy = "it must be a folder with a config, weights and all else that belongs to them, each as a whole"
+        elif os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE"):
+            remedy = "there is no such folder, and the hub is switched off (HF_HUB_OFFLINE): give a folder"
+        else:
+            remedy = "give a folder that is there, or the id of something on the hub that can be reached"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{key}={name} cannot be loaded ({reason}); {remedy}") from error
+
+
+def load_empty(config: ModelConfig) -> nn.Module:
+    """The model of a config without its weights: everything about it but what it computes.
+
+    Raises:
+        ValueError: it cannot be found, or is not of transformers.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with loading(config.model, "model"):
+        described = AutoConfig.from_pretrained(config.model, **_source(config))
+        dtype = {} if config.dtype == "auto" else {"dtype": getattr(torch, config.dtype)}
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(
+                described, trust_remote_code=config.trust_remote_code, **dtype
+            )
 
 
 def needs_group(config: ModelConfig) -> bool:
@@ -117,7 +173,6 @@ def _by_loader(config: ModelConfig) -> Mllm:
 def _by_transformers(config: ModelConfig, ranks: Ranks) -> Mllm:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    source: dict[str, Any] = {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
     chosen: dict[str, Any] = {"dtype": config.dtype}
     if config.attention:
         chosen["attn_implementation"] = config.attention
@@ -129,18 +184,20 @@ def _by_transformers(config: ModelConfig, ranks: Ranks) -> Mllm:
         chosen["device_map"] = "auto"
     elif config.shard == "none" and ranks.device.type != "cpu":
         chosen["device_map"] = {"": ranks.device}  # read into place, which quantised weights need
-    try:
-        processor = AutoProcessor.from_pretrained(config.model, **source)
-        model = AutoModelForImageTextToText.from_pretrained(config.model, **source, **chosen)
-    except OSError as error:
-        raise ValueError(f"cannot load {config.model}: {error}") from error
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"{config.model} brings code of its own: read it, and set trust_remote_code=true to run it"
-            ) from error
-        raise
+    with loading(config.model, "model"):
+        processor = AutoProcessor.from_pretrained(config.model, **_source(config))
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            config.model, output_loading_info=True, **_source(config), **chosen
+        )
+        # transformers would go on with random weights in their place.
+        missing = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
+        if missing and not getattr(model, "is_quantized", False):
+            raise ValueError(f"its weights lack {len(missing)} tensors that its config asks for, such as {missing[0]}")
     return Mllm(model, processor)
+
+
+def _source(config: ModelConfig) -> dict[str, Any]:
+    return {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
 
 
 def _quantization(settings: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import json
@@ -9,6 +10,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +105,69 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         fresh.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: str | os.PathLike, replaced: Callable[[str], bool]) -> Iterator[Path]:
+    """A folder to write into, which takes the place of ``path`` at the end: all of its files, or, after an error, none.
+
+    Args:
+        replaced: tells by the name in ``path`` whether something there goes away with what it belonged to; the rest
+            stays.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".*-*-{path.name}"):  # by writers that were killed
+        if left.is_dir() and not _alive(left.name.split("-")[0][1:]):
+            shutil.rmtree(left, ignore_errors=True)
+    fresh = path.with_name(f".{os.getpid()}-{secrets.token_hex(8)}-{path.name}")
+    fresh.mkdir()
+    try:
+        yield fresh
+        if path.is_dir():
+            shutil.copymode(path, fresh)
+            for kept in path.iterdir():
+                if not replaced(kept.name) and not (fresh / kept.name).exists():
+                    (shutil.copytree if kept.is_dir() else shutil.copy2)(kept, fresh / kept.name)
+        for written in fresh.rglob("*"):
+            _sync(written)
+        _sync(fresh)
+        _swap(fresh, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _swap(fresh: Path, path: Path) -> None:
+    """Two folders change places in one step; where the system cannot do that, in two, between which there is none."""
+    if not path.exists():
+        os.rename(fresh, path)
+        return
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux
+    here, whole = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if exchange is None or exchange(here, os.fsencode(fresh), here, os.fsencode(path), whole) != 0:
+        aside = path.with_name(f".{os.getpid()}-{secrets.token_hex(8)}-{path.name}")
+        os.rename(path, aside)
+        os.rename(fresh, path)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes a file whole or not at all; text as UTF-8."""
     with atomic_path(path) as fresh:
@@ -112,6 +177,18 @@ def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Writes JSON, whole or not at all."""
     atomic_write(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: str | os.PathLike, remedy: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it holds something else; says what to do.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
 
 
 def differing(noted: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +213,7 @@ def claim(
             :func:`differing`), else gives the record to note from now on.
         write: False for the ranks of a distributed run that leave the note to another one.
     """
-    noted = json.loads(path.read_text()) if path.exists() else None
+    noted = read_json(path, "remove its folder, or choose another one") if path.exists() else None
     if noted is not None:
         record = merge(noted, record)
     path.parent.mkdir(parents=True, exist_ok=True)

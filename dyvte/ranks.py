@@ -59,8 +59,7 @@ class Ranks:
     def launched(cls, device: str = "auto", group: bool = False) -> Iterator[Ranks]:
         """The ranks as the launcher's environment tells them, with a process group where there are several.
 
-        At the end all ranks wait for each other; if one fails, the others raise :class:`RankError` as soon as they ask
-        anything of each other.
+        What happens inside happens :meth:`together`.
 
         Args:
             device: cpu, cuda, cuda:1 ...; auto: the GPU of this rank, if there is one.
@@ -88,15 +87,24 @@ class Ranks:
                 timeout=COLLECTIVE,
             )
         ranks = cls(rank, world_size, local_rank, chosen, dist.PrefixStore("ranks", store))
-        try:
+        with ranks.together():
             yield ranks
-            ranks.wait()
-            ranks._leave()
-        except BaseException as error:  # an interrupt, too, must not leave the others waiting
-            ranks.fail(error)
-            raise
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails on one rank fails on all, as soon as they ask anything of each other; at the end they wait.
+
+        A rank that waits inside a collective of a sharded model cannot ask; the launcher ends it when this one ends.
+        """
+        try:
+            yield
+            self.wait()
+            self._leave()
+        except BaseException as error:  # an interrupt, too, must not leave the others waiting
+            self._fail(error)
+            raise
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank gives, in their order; values as JSON can hold them. All ranks must call this together.
@@ -132,7 +140,7 @@ class Ranks:
             with self._connected():
                 self._check()
 
-    def fail(self, error: BaseException) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Tells the other ranks that this one will not come; those that fail for that reason say nothing."""
         if self.world_size > 1 and not isinstance(error, RankError):
             try:
@@ -197,7 +205,15 @@ def place(environment: Mapping[str, str]) -> tuple[int, int, int]:
 def _device(device: str, local_rank: int, world_size: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda, cuda:1 ... or auto, not {device!r}") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={device}, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs: choose another, "
+            "device=cpu, or a build of torch for this machine's GPUs"
+        )
     if chosen.type != "cuda" or chosen.index is not None:
         if chosen.index is not None and world_size > 1:
             raise ValueError(f"device={device} would put all ranks on one device: leave it at auto")

@@ -80,6 +80,12 @@ class Tracker:
 
         return report
 
+    def epochs(self, stage: str) -> Callable[[int, Mapping[str, float]], None]:
+        """What a training reports its epochs to, by number, with their losses."""
+        return lambda epoch, figures: self.log(
+            {f"{stage}/epoch": epoch} | {f"{stage}/{k}": v for k, v in figures.items()}
+        )
+
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, (int, float, str, bool)) else str(value)

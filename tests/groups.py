@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import tqdm.auto
 
 SECONDS = 60  # ranks that wait for each other for ever are a failure
 
@@ -28,6 +30,9 @@ def start(size: int, folder: Path, work: Callable[[int], Any]) -> list[int]:
 
 
 def _run(rank: int, size: int, folder: Path, work: Callable[[int], Any]) -> None:
+    for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):  # by default a lock that a process that is killed keeps from the others
+        bar.set_lock(threading.RLock())
+    os.environ["LOCAL_RANK"] = str(rank)
     try:
         if size > 1:
             store = dist.FileStore(str(folder / "store"), size)
@@ -49,18 +54,19 @@ def kill(pids: list[int]) -> bool:
 
 
 def wait(pids: list[int], seconds: float = SECONDS) -> bool:
-    """Waits for processes; False if they had to be killed."""
+    """Waits for processes, and takes those that ended from the list; whether all did."""
     left, ends = list(pids), time.monotonic() + seconds
     while left and time.monotonic() < ends:
         left = [pid for pid in left if os.waitpid(pid, os.WNOHANG)[0] == 0]
         time.sleep(0.01)
-    kill(left)
+    pids[:] = left
     return not left
 
 
 def run(size: int, folder: Path, work: Callable[[int], Any]) -> list[dict[str, Any]]:
     """What each rank came to: its ``result``, or its ``error``."""
-    assert wait(start(size, folder, work)), "the ranks wait for each other"
+    pids = start(size, folder, work)
+    assert wait(pids) or not kill(pids), "the ranks wait for each other"
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 

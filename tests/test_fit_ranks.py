@@ -10,7 +10,7 @@ import torch
 from test_fitting import made_up_traces
 
 from dyvte.training.fit import FitSettings, fit_heads
-from dyvte.training.parallel import Ranks
+from dyvte.training.parallel import Group
 
 SETTINGS = FitSettings(epochs=3, width=16, batch_size=50, validation=0.6, guard=0.9)
 
@@ -77,6 +77,6 @@ def test_a_fault_of_one_rank_is_raised_on_all(tmp_path):
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_shares_are_even_and_whole(size):
     for count in (0, 1, 5, 128):
-        shares = [Ranks(rank, size).share(count) for rank in range(size)]
+        shares = [Group(rank, size).share(count) for rank in range(size)]
         assert [i for share in shares for i in share] == list(range(count))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1

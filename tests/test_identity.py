@@ -6,9 +6,7 @@ import copy
 import os
 import random
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import peft
 import pytest
@@ -17,10 +15,11 @@ from accelerate import cpu_offload
 from models import LAYERS, batch_of, prompt, tiny_llava
 from PIL import Image
 from test_fitting import SIZE, made_up_traces
+from tiny_llava import random_reference
 
 import dyvte
 import dyvte.identity as identity
-from dyvte.cli.main import make_policies
+from dyvte.cli.policies import make_policies
 from dyvte.data import Sample, image_digest, sample_digest
 from dyvte.heads import ExitHeads
 from dyvte.identity import model_fingerprint, processor_fingerprint
@@ -30,8 +29,6 @@ from dyvte.training.fit import FitSettings, fit_heads, probability_of, quality
 from dyvte.training.held_out import check_held_out
 from dyvte.training.store import Content, load_traces
 from dyvte.training.write import write_traces
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 
 
 def adapted(model):
@@ -93,12 +90,7 @@ def test_the_fingerprint_is_made_once_for_a_model(monkeypatch):
 
 @pytest.fixture(scope="module")
 def mllm():
-    from reference_mllm import build_model, build_processor
-    from test_pipeline import SETTINGS
-
-    torch.manual_seed(1)
-    processor = build_processor(15)
-    return build_model(SETTINGS, len(processor.tokenizer)).eval(), processor
+    return random_reference()
 
 
 def test_the_fingerprint_of_a_processor(mllm):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dyvte
-from dyvte.cli.main import make_policies
+from dyvte.cli.policies import make_policies
 from dyvte.methods import METHODS, by_name
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))

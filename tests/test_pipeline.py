@@ -3,56 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from tiny_llava import LAYERS, save_tiny_llava
 
 import dyvte
-from dyvte.cli.main import COMMANDS, main, read_config
+from dyvte.cli.main import COMMANDS, main
 from dyvte.data import load_samples
 from dyvte.promise import Promise
 from dyvte.training.store import load_traces
 from dyvte.training.write import write_traces
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "train"))
-LAYERS = 4
-SETTINGS = {
-    "vision_config": {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "patch_size": 15,
-        "projection_dim": 16,
-    },
-    "text_config": {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.4,
-    },
-}
-
 
 @pytest.fixture(scope="module")
 def mllm(tmp_path_factory):
-    """A random LLaVA on disk, as a hub model would be."""
-    from reference_mllm import build_model, build_processor
-
-    torch.manual_seed(1)
-    processor = build_processor(15)
-    model = build_model(SETTINGS, len(processor.tokenizer)).eval()
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_tiny_llava(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def trace(mllm, output, n=40, seed=5, **more):
@@ -119,8 +90,9 @@ def test_traces_go_on_where_they_stopped(mllm, tmp_path, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(module, "trace_samples", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         trace(mllm, tmp_path / "twice")
+    assert stop.value.code == 130
     with pytest.raises(ValueError, match="16 of 40 traces"):
         load_traces(tmp_path / "twice")
     trace(mllm, tmp_path / "twice")
@@ -136,17 +108,9 @@ def test_given_answers_can_be_traced(mllm, tmp_path):
     assert loaded.agreement[:, -1].eq(1).all() and not loaded.agreement.eq(1).all()
 
 
-def test_a_folder_of_other_traces_is_refused(mllm, traces):
-    with pytest.raises(SystemExit, match="holds traces made otherwise"):
-        trace(mllm, traces, n=20)
-
-
 def test_from_traces_to_a_report(mllm, traces, held_out, tmp_path, capsys):
     heads, results = tmp_path / "heads", tmp_path / "results"
     arguments = [f"traces={traces}", f"output={heads}", "alpha=0.3", "fit.epochs=3"]
-    with pytest.raises(SystemExit, match="are those the heads were trained on"):
-        main(["train", *arguments, f"calibration={traces}"])
-    capsys.readouterr()
     main(["train", *arguments, f"calibration={held_out}"])
     assert json.loads(capsys.readouterr().out)["learned"]["agreement"] >= 0.7
     main(["calibrate", f"heads={heads}", f"traces={held_out}", "alpha=0.4"])
@@ -171,7 +135,10 @@ def test_from_traces_to_a_report(mllm, traces, held_out, tmp_path, capsys):
         "output": str(results),
     }
     (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(settings))
+    capsys.readouterr()
     main(["evaluate", str(tmp_path / "evaluate.yaml"), "batch_size=4", "max_new_tokens=3"])
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "policy" and lines[2:] == ["dense", *sorted(settings["policies"])]
     summary = json.loads((results / "summary.json").read_text())
     assert set(summary["policies"]) == {"dense", *settings["policies"]}
     assert summary["policies"]["fixed-2"]["mean_exit_layer"] == 2
@@ -207,55 +174,25 @@ def test_gates_of_the_original_code(tmp_path):
         assert heads.config.base_model == "some/model" and heads.config.threshold == 0.5
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_configs_are_read(file):
-    if file.stem in COMMANDS:
-        assert read_config(file.stem, str(file), ["output=elsewhere"])["output"] == "elsewhere"
-
-
-def test_overrides_reach_into_mappings():
-    config = read_config("trace", None, ["model=m", "output=o", "data.scenes.n=5", "data.scenes.split=dev"])
-    assert config["data"] == {"scenes": {"n": 5, "split": "dev"}} and config["batch_size"] == 8
-    file = ROOT / "configs/data/gqa.yaml"
-    config = read_config("trace", None, ["model=m", "output=o", f"data={file}", "data.limit=7"])
-    assert config["data"] == yaml.safe_load(file.read_text()) | {"limit": 7}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        (["trace", "no-such-file.yaml"], "no config file no-such-file.yaml"),
-        (["trace", "model=m"], "needs data, output"),
-        (["trace", "model=m", "data=d", "output=o", "colour=red"], "unknown keys colour"),
-        (["trace", "model=m", "oops"], "not key=value"),
-        (["train", "traces=t", "calibration=c", "output=o", "fit.depth=3"], "wrong training settings"),
-        (["train", "traces=nowhere", "calibration=c", "output=o"], "holds no traces"),
-        (["trace", "model=m", "data=no-such.yaml", "output=o"], "no data config no-such.yaml"),
-        (["evaluate", "model=m", "data={scenes: {}}", "output=o", "policies={best: {}}"], "unknown policy 'best'"),
-        (["evaluate", "model=m", "data={scenes: {}}", "output=o"], "needs exit heads"),
-        (
-            ["evaluate", "model=m", "data={scenes: {}}", "output=o", "policies={fixed: {depth: 2}}"],
-            "wrong settings for policy",
-        ),
-        (["train", "traces=t", "output=o"], "a promise needs held-out traces"),
-        (["calibrate", "traces=t"], "needs heads=FOLDER"),
-        (["calibrate", "traces=t", "policy=best"], "must be learned or vtw"),
-        (["demo", "model=nowhere"], "no checkpoint in nowhere"),
-        (["convert", "weights=nowhere", "base_model=m", "output=o"], "no file nowhere"),
-    ],
-)
-def test_bad_commands_say_what_to_do(arguments, match):
-    with pytest.raises(SystemExit, match=match):
-        main(arguments)
-
-
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_teaches(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0
+def test_help_teaches_within_a_second(command):
+    code = f"""
+import sys, time
+from dyvte.cli.main import main
+try:
+    main(["{command}", "--help"])
+except SystemExit as stop:
+    assert stop.code == 0
+assert time.process_time() < 1 and not {{"torch", "numpy"}} & set(sys.modules)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.startswith(f"usage: dyvte {command}") and "Examples:" in out
+
+
+def test_the_program_alone_explains_itself(capsys):
+    main([])
     out = capsys.readouterr().out
-    assert all(key in out for key in COMMANDS[command][1])
+    assert all(re.search(rf"^  {command} +[A-Z].*\.$", out, re.MULTILINE) for command in COMMANDS)
 
 
 @pytest.mark.parametrize(

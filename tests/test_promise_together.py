@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from scipy.stats import beta
-from test_pipeline import LAYERS, SETTINGS
+from tiny_llava import LAYERS, random_reference
 
 import dyvte
 from dyvte.data import encode, load_samples
@@ -21,18 +18,13 @@ from dyvte.training.together import calibrate_together, declare_path, save_toget
 from dyvte.training.tracer import append_answer
 from dyvte.training.write import write_traces
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 STEPS = 3
 PRUNINGS = [{"fastv.layer": 1, "fastv.keep": keep} for keep in (1.0, 0.7, 0.4)]
 
 
 @pytest.fixture(scope="module")
 def mllm():
-    from reference_mllm import build_model, build_processor
-
-    torch.manual_seed(1)
-    processor = build_processor(15)
-    return build_model(SETTINGS, len(processor.tokenizer)).eval(), processor
+    return random_reference()
 
 
 def scenes(n, seed):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny_llava import random_reference, save_tiny_llava
 
 import dyvte.training.write as write
 from dyvte.data import Sample, SampleError, TooManyErrors, dataset_digest
@@ -26,7 +27,6 @@ from dyvte.training.store import load_traces
 from dyvte.training.write import write_traces
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "train"))
 COUNT, UNIT = 22, 4
 SETTINGS = {"batch_size": 2, "max_new_tokens": 2, "unit_size": UNIT}
 
@@ -34,16 +34,8 @@ SETTINGS = {"batch_size": 2, "max_new_tokens": 2, "unit_size": UNIT}
 @pytest.fixture(scope="module")
 def mllm(tmp_path_factory):
     """A random LLaVA and its processor, and the folder they are saved in."""
-    from reference_mllm import build_model, build_processor
-    from test_pipeline import SETTINGS as SIZES
-
-    torch.manual_seed(1)
-    processor = build_processor(15)
-    model = build_model(SIZES, len(processor.tokenizer)).eval()
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return model, processor, folder
+    folder = save_tiny_llava(tmp_path_factory.mktemp("models") / "tiny")
+    return *random_reference(), folder
 
 
 def samples(count: int = COUNT) -> list[Sample]:

@@ -8,11 +8,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from dyvte.cli.arguments import read_arguments
 from dyvte.config import FitConfig
 from dyvte.ranks import Ranks
+from dyvte.tracking import Tracker
 from dyvte.training import recipes
+from dyvte.training.cost import plan
 from dyvte.training.fit import fit_heads
 from dyvte.training.store import load_traces
 
@@ -22,14 +25,19 @@ def main(config: FitConfig, ranks: Ranks) -> None:
     traces = load_traces(*recipes.listed(config.traces))
     held_out = None if config.alpha is None else load_traces(*recipes.listed(config.calibration))
     recipes.check_split(traces, held_out, config)
-    heads = fit_heads(traces, config.fit, progress=ranks.first)
-    recipes.finish(heads, held_out, config, config.output, ranks)
+    with Tracker(config.tracking, Path(config.output), vars(config), ranks) as tracker:
+        states = Path("runs", Path(config.output).name, "fit")  # of the training, to go on from after an interruption
+        heads = fit_heads(traces, config.fit, ranks.first, states, ranks.device, tracker.epochs("fit"))
+        recipes.finish(heads, held_out, config, config.output, ranks, tracker)
 
 
 if __name__ == "__main__":
     config = read_arguments(FitConfig, prog="train/fit.py")
     try:
         with Ranks.launched() as ranks:
-            main(config, ranks)
+            if not config.plan:
+                main(config, ranks)
+            elif ranks.first:
+                print(plan(config, ranks.world_size))
     except ValueError as error:
         sys.exit(f"train/fit.py: {error}")

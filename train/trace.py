@@ -16,6 +16,7 @@ from dyvte.data import load_samples, read_config
 from dyvte.loading import load_mllm, needs_group
 from dyvte.ranks import Ranks
 from dyvte.tracking import Tracker
+from dyvte.training.cost import plan
 from dyvte.training.recipes import trace_data
 
 
@@ -30,6 +31,9 @@ if __name__ == "__main__":
     config = read_arguments(TraceConfig, prog="train/trace.py")
     try:
         with Ranks.launched(config.device, group=needs_group(config)) as ranks:
-            main(config, ranks)
+            if not config.plan:
+                main(config, ranks)
+            elif ranks.first:
+                print(plan(config, ranks.world_size))
     except ValueError as error:
         sys.exit(f"train/trace.py: {error}")

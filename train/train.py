@@ -22,6 +22,7 @@ from dyvte.ranks import Ranks
 from dyvte.tracking import Tracker
 from dyvte.training import recipes
 from dyvte.training.calibrate import check_enough, compare
+from dyvte.training.cost import plan
 from dyvte.training.fit import fit_heads
 from dyvte.training.store import load_traces
 
@@ -36,9 +37,14 @@ def main(config: TrainConfig, ranks: Ranks) -> None:
     work = recipes.work_folder(config)
 
     with Tracker(config.tracking, work, vars(config), ranks) as tracker:
+        mllm = load_mllm(config, ranks)
+        if config.mode == "online":  # trace, learn, forget; then trace the held-out samples, and calibrate
+            heads = recipes.learn_online(mllm, samples["train"], samples.get("held-out"), config, ranks, tracker)
+            recipes.write_heads(heads, config.output, ranks, tracker)
+            return
+
         # One frozen pass per sample says what every exit layer would do to its answer. Ranks share the units of the
         # plan; finished units stay.
-        mllm = load_mllm(config, ranks)
         for name, data in sets.items():
             recipes.trace_data(mllm, data, work / name, config, ranks, tracker, samples[name])
         recipes.release(mllm)
@@ -47,7 +53,7 @@ def main(config: TrainConfig, ranks: Ranks) -> None:
         traces = load_traces(work / "train")
         held_out = load_traces(work / "held-out") if config.held_out else None
         recipes.check_split(traces, held_out, config)
-        heads = fit_heads(traces, config.fit, progress=ranks.first)
+        heads = fit_heads(traces, config.fit, ranks.first, work / "fit", ranks.device, tracker.epochs("fit"))
 
         # The boldest threshold whose bound on held-out samples keeps the promise; then weights, config and card.
         heads = recipes.finish(heads, held_out, config, config.output, ranks, tracker)
@@ -61,6 +67,9 @@ if __name__ == "__main__":
     config = read_arguments(TrainConfig, prog="train/train.py")
     try:
         with Ranks.launched(config.device, group=needs_group(config)) as ranks:
-            main(config, ranks)
+            if not config.plan:
+                main(config, ranks)
+            elif ranks.first:
+                print(plan(config, ranks.world_size))
     except ValueError as error:
         sys.exit(f"train/train.py: {error}")

@@ -76,6 +76,16 @@ def parse_arguments(
     return _typed(config_class, config, hints, prog)
 
 
+def named_keys(arguments: Sequence[str]) -> set[str]:
+    """The keys that a command line sets, those of its YAML file included; faults are left to :func:`read_arguments`."""
+    try:
+        first, pairs = _split(arguments, {})
+        config = read_yaml(first) if first is not None else {}
+    except ValueError:
+        return set()
+    return {*config, *(path for path, _ in pairs)}
+
+
 def _split(arguments: Sequence[str], hints: Mapping[str, Any]) -> tuple[str | None, list[tuple[str, str]]]:
     """The positional argument, if there is one, and the keys with their texts."""
     first, pairs, rest = None, [], list(arguments)
@@ -92,6 +102,8 @@ def _split(arguments: Sequence[str], hints: Mapping[str, Any]) -> tuple[str | No
             pair = PAIR.fullmatch(f"{path}={rest.pop(0)}")
         if pair is not None:
             path, text = pair["path"], pair["text"]
+            if not text:
+                raise ValueError(f"{path} has no value: write {path}=VALUE, or {path}=null for none")
             if path in ("local_rank", "local-rank"):
                 os.environ.setdefault("LOCAL_RANK", text)
             else:
@@ -115,10 +127,9 @@ def _assign(config: dict[str, Any], path: str, text: str, hints: Mapping[str, An
         if inner is not None and not isinstance(inner, dict):
             raise ValueError(f"{so_far} is {inner!r} and has no keys: {path} needs a mapping or a YAML file there")
         place[name] = place = dict(inner or {})
-    value = text
-    if path not in hints or text.lstrip().startswith(("{", "[")):
-        value = parse_yaml(text, f"the value of {path}")
-    place[last] = value
+    jinja = text.startswith(("{{", "{%"))  # what no mapping starts with
+    collection = text.lstrip().startswith(("{", "["))
+    place[last] = parse_yaml(text, f"the value of {path}") if not jinja and (path not in hints or collection) else text
 
 
 def _check_keys(config: Mapping[str, Any], config_class: type, hints: Mapping[str, Any], prog: str) -> None:

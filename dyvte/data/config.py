@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import yaml
+from dyvte.yaml_files import read_yaml
 
 KEYS = {
     "path": "hub id, local folder or file",
@@ -45,6 +44,12 @@ KEYS = {
     "max_new_tokens": "length of an answer",
     "template": "chat template for processors that have none",
 }
+COUNTS = (
+    ("limit", 1, "samples"),
+    ("skip", 0, "samples"),
+    ("max_characters", 1, "characters"),
+    ("max_new_tokens", 1, "tokens"),
+)
 SCORING = ("metric", "max_new_tokens", "template")  # what does not change the samples
 
 
@@ -56,13 +61,7 @@ def read_config(source: Mapping[str, Any] | str | os.PathLike) -> dict[str, Any]
     """
     if isinstance(source, Mapping):
         return dict(source)
-    path = Path(source)
-    if not path.is_file():
-        raise ValueError(f"there is no data config {path}: give a YAML file such as configs/data/gqa.yaml")
-    config = yaml.safe_load(path.read_text())
-    if not isinstance(config, Mapping):
-        raise ValueError(f"{path} must hold a mapping with the keys {', '.join(KEYS)}")
-    return dict(config)
+    return read_yaml(source, "data config")
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -74,10 +73,14 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise ValueError(f"unknown keys {sorted(unknown)} in the data config: choose from {', '.join(KEYS)}")
     if ("scenes" in config) == ("path" in config):
         raise ValueError("a data config needs one of `scenes: {split, n, seed}` and `path: <hub id or folder>`")
-    for key, least in (("limit", 1), ("skip", 0), ("max_characters", 1)):
-        if config.get(key) is not None and (not isinstance(config[key], int) or config[key] < least):
-            unit = "characters" if key == "max_characters" else "samples"
+    for key, least, unit in COUNTS:
+        if config.get(key) is not None and (not _is_whole(config[key]) or config[key] < least):
             raise ValueError(f"{key} must be a number of {unit}, {least} or more, not {config[key]!r}")
+    for key in ("prompt", "metric", "template"):
+        if config.get(key) is not None and not isinstance(config[key], str):
+            raise ValueError(f"{key} must be text, not {config[key]!r}")
+    if config.get("seed") is not None and not _is_whole(config["seed"]):
+        raise ValueError(f"seed must be a whole number, not {config['seed']!r}")
     fraction = config.get("fraction")
     if fraction is None:
         return
@@ -87,3 +90,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise ValueError("limit and fraction both say how many samples to use: give one of them")
     if config.get("seed") is None:
         raise ValueError("fraction needs a seed: mixtures are sorted by their parts, and the first rows are all alike")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from dyvte.heads.card import model_card
 from dyvte.heads.config import ExitHeadsConfig
 from dyvte.heads.guard import ALL_LAYERS, Guard
 from dyvte.heads.published import PublishedHead, read_gates
-from dyvte.heads.samples import Samples, read_samples, write_samples
+from dyvte.heads.samples import FILE, Samples, read_samples, write_samples
 from dyvte.heads.shared import SharedHead
-from dyvte.provenance import atomic_write
+from dyvte.provenance import atomic_folder, atomic_write
 
 
 @contextmanager
@@ -35,6 +36,10 @@ def _without_zero3() -> Iterator[None]:
     finally:
         if alive is not None:
             deepspeed.set_hf_deepspeed_config(alive)
+
+
+def _of_heads(name: str) -> bool:
+    return name in ("config.json", "README.md", FILE) or fnmatch(name, "model*.safetensors*")
 
 
 class ExitHeads(PreTrainedModel):
@@ -190,11 +195,17 @@ class ExitHeads(PreTrainedModel):
         return (heads, info) if wants_info else heads
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Writes config.json, model.safetensors, what is remembered of training, and a model card, README.md."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        write_samples(save_directory, self.trained_on)
-        card = model_card(self.config, sum(p.numel() for p in self.parameters()))
-        atomic_write(Path(save_directory, "README.md"), card)
+        """Writes config.json, model.safetensors, what is remembered of training, and a model card, README.md.
+
+        All of them take the place of those of other heads in one step; whatever else is in the folder stays.
+        """
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with atomic_folder(save_directory, _of_heads) as fresh:
+            super().save_pretrained(fresh, *args, **kwargs)
+            write_samples(fresh, self.trained_on)
+            card = model_card(self.config, sum(p.numel() for p in self.parameters()))
+            atomic_write(fresh / "README.md", card)
 
     def push_to_hub(
         self,

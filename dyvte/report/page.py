@@ -103,7 +103,7 @@ def _overview(runs: list[Run], output: Path) -> list[tuple[str, str]]:
 def _section(run: Run, output: Path, prefix: str) -> Section:
     policy = run.main_policy()
     figures = []
-    for name, figure, caption in _figures(run, policy):
+    for name, figure, caption in list(_figures(run, policy)):  # all of them, or a fault before any is written
         path = output / f"{prefix}{name}.png"
         figure.savefig(path)
         figures.append((_embed(path), caption, figure.get_figwidth() * 6.2))

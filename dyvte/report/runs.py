@@ -10,8 +10,11 @@ from typing import Any
 
 from dyvte.promise import FILE as PROMISE
 from dyvte.promise import Promise
+from dyvte.provenance import read_json
 
 DENSE = "dense"
+KEYS = ("settings", "versions", "hardware", "layers", "policies")  # of a summary
+AGAIN = "remove it and run `dyvte evaluate` again, which keeps what is whole"
 
 
 @dataclass
@@ -48,6 +51,11 @@ class Run:
         """The promise that lies in the folder; None if there is none."""
         return Promise.read(self.folder) if (self.folder / PROMISE).exists() else None
 
+    def read(self, name: str) -> Any:
+        """The content of a JSON file that may lie in the folder; None if there is none."""
+        path = self.folder / name
+        return read_json(path, AGAIN) if path.exists() else None
+
 
 def find_runs(directory: Path) -> list[Run]:
     """All runs in a directory, itself one or not.
@@ -63,10 +71,16 @@ def find_runs(directory: Path) -> list[Run]:
 
 def read_run(folder: Path, root: Path) -> Run:
     """The run of a folder, named by its path below ``root``."""
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_json(folder / "summary.json", AGAIN)
+    missing = [key for key in KEYS if not isinstance(summary, dict) or key not in summary]
+    if missing:
+        raise ValueError(f"{folder / 'summary.json'} is damaged (it has no {', '.join(missing)}): {AGAIN}")
     rows = {}
     for name in summary["policies"]:
         path = folder / f"{name}.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        rows[name] = sorted(map(json.loads, lines), key=lambda row: row["index"])
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        try:
+            rows[name] = sorted(map(json.loads, lines), key=lambda row: row["index"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from error
     return Run(folder, folder.name if folder == root else str(folder.relative_to(root)), summary, rows)

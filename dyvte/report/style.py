@@ -30,6 +30,7 @@ STYLE = {
     "xtick.major.width": 0.7,
     "ytick.major.width": 0.7,
     "legend.frameon": False,
+    "text.parse_math": False,  # a $ in a question is a dollar
     "savefig.dpi": 200,
     "savefig.facecolor": "white",
 }

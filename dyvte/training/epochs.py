@@ -15,7 +15,7 @@ from dyvte.config import FitSettings
 from dyvte.heads import ExitHeads, ExitHeadsConfig
 from dyvte.training.labels import exit_labels
 from dyvte.training.learner import Batch, key, make_learner, refuse, weights_of
-from dyvte.training.parallel import Ranks
+from dyvte.training.parallel import Group
 from dyvte.training.state import Tensors, TrainingState
 from dyvte.training.store import TraceSet
 
@@ -45,14 +45,14 @@ class Epochs:
         traces: TraceSet,
         config: ExitHeadsConfig,
         settings: FitSettings,
-        ranks: Ranks,
+        group: Group,
         validation: torch.Tensor,
         training: torch.Tensor,
     ):
-        self.traces, self.settings, self.ranks = traces, settings, ranks
+        self.traces, self.settings, self.group = traces, settings, group
         self.validation, self.training, self.rule = validation, training, config.label_rule
         steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
-        self.learner = make_learner(new_heads(config, settings.seed), settings, steps, ranks)
+        self.learner = make_learner(new_heads(config, settings.seed), settings, steps, group)
         self.best: dict[str, Any] = {"best_epoch": 0, "validation_log_loss": math.inf}
 
     def run(self, state: TrainingState | None, progress: bool, log: Log | None) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Epochs:
         """
         settings, epochs = self.settings, self.settings.epochs
         done = self._restore(state.load()) if state is not None else 0
-        bar = tqdm(range(epochs), desc="fit", unit="epoch", initial=done, disable=not progress or self.ranks.rank > 0)
+        bar = tqdm(range(epochs), desc="fit", unit="epoch", initial=done, disable=not progress or self.group.rank > 0)
         for epoch in range(done, epochs):
             loss = self._epoch(epoch)
             held_out = self._validate()
@@ -72,7 +72,7 @@ class Epochs:
                 self.best = {"best_epoch": epoch + 1, "validation_log_loss": held_out, "weights": weights}
             if state is not None and ((epoch + 1) % settings.save_every == 0 or epoch + 1 == epochs):
                 self._save(state, epoch + 1)
-            if log is not None and self.ranks.rank == 0:
+            if log is not None and self.group.rank == 0:
                 log(epoch + 1, {"loss": loss, "validation_log_loss": held_out})
             bar.update()
         bar.close()
@@ -82,7 +82,8 @@ class Epochs:
         generator = torch.Generator().manual_seed(key(self.settings.seed, "epoch", epoch))
         order = self.training[torch.randperm(len(self.training), generator=generator)]
         losses = [
-            self.learner.step(len(index), partial(self._read, index)) for index in order.split(self.settings.batch_size)
+            self.learner.step(len(index), self.group.share(len(index)), partial(self._read, index))
+            for index in order.split(self.settings.batch_size)
         ]
         return sum(losses) / len(losses)
 
@@ -100,12 +101,12 @@ class Epochs:
         heads, columns, parts = self.learner.heads, self.learner.columns, self.validation.split(PART)
         heads.eval()
         sums = torch.zeros(len(parts), dtype=torch.double)
-        with self.ranks.together():
-            for number in range(self.ranks.rank, len(parts), self.ranks.size):
-                logits = heads(self.traces.state[parts[number]].to(self.ranks.device))[:, columns].double().cpu()
+        with self.group.together():
+            for number in range(self.group.rank, len(parts), self.group.size):
+                logits = heads(self.traces.state[parts[number]].to(self.group.device))[:, columns].double().cpu()
                 labels = exit_labels(self.traces, self.rule, parts[number])[:, columns].double()
                 sums[number] = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
-        sums = self.ranks.sum(sums)
+        sums = self.group.sum(sums)
         for part in (parts[number] for number in (~sums.isfinite()).nonzero().flatten().tolist()):
             refuse(self._name([i for i in part.tolist() if not bool(self.traces.state[i].isfinite().all())]))
         return float(sums.sum()) / (len(self.validation) * len(columns))

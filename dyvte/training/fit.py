@@ -17,12 +17,13 @@ from torchmetrics.functional.classification import binary_accuracy, binary_auroc
 
 from dyvte.config import FitSettings
 from dyvte.heads import ExitHeads, ExitHeadsConfig
+from dyvte.training.deepspeed_config import read_deepspeed
 from dyvte.training.epochs import PART, Epochs, Log, split
 from dyvte.training.guard_fit import fit_guard
 from dyvte.training.identity import IDENTITY
 from dyvte.training.labels import check_labels, exit_labels
-from dyvte.training.lock import one_run, run_name
-from dyvte.training.parallel import Ranks
+from dyvte.training.lock import one_run
+from dyvte.training.parallel import Group
 from dyvte.training.state import TrainingState
 from dyvte.training.store import TraceSet
 
@@ -52,27 +53,28 @@ def fit_heads(
         ValueError: settings that make no heads, too few traces, labels that are all alike, states or a loss that are
             not finite, a state in ``work`` that is damaged or of something else; on all ranks, if on one.
     """
-    settings, ranks = settings or FitSettings(), Ranks.here(device)
+    settings, group = settings or FitSettings(), Group.here(device)
     source, size = traces.provenance, traces.state.shape[-1] // 2
     config = heads_config(source, settings, traces.num_layers, size)
-    with ranks.together():
+    with group.together():
         check_labels(traces, config.label_rule, [e - 1 for e in config.decided])
         record = {"traces": traces_fingerprint(traces), "settings": settings_record(settings)}
-    if any(other != record for other in ranks.gather(record)):
+    if any(other != record for other in group.gather(record)):
         raise ValueError("the ranks were given different traces or settings: give all of them the same")
     with ExitStack() as stack:
         state = None
         if work is not None:
-            with ranks.together():
+            run = group.run
+            with group.together():
                 Path(work).mkdir(parents=True, exist_ok=True)
-                stack.enter_context(one_run(Path(work), run_name(ranks.size)))
-            state = TrainingState(Path(work), record, ranks)
+                stack.enter_context(one_run(Path(work), run))
+            state = TrainingState(Path(work), record, group)
         validation, training = split(len(traces), settings)
-        best = Epochs(traces, config, settings, ranks, validation, training).run(state, progress, log)
+        best = Epochs(traces, config, settings, group, validation, training).run(state, progress, log)
     heads = ExitHeads(config)
     heads.heads.load_state_dict(best.pop("weights"))
     if heads.guard is not None:
-        fit_guard(heads, *(partial(_parts, traces, index, ranks) for index in (training, validation)), ranks)
+        fit_guard(heads, *(partial(_parts, traces, index, group) for index in (training, validation)), group)
     heads.config.training = {
         "traces": len(training),
         "validation_traces": len(validation),
@@ -114,8 +116,8 @@ def settings_record(settings: FitSettings) -> dict[str, Any]:
     """What of the settings determines the heads."""
     record = asdict(settings)
     del record["save_every"]
-    if isinstance(settings.deepspeed, str):
-        record["deepspeed"] = json.loads(Path(settings.deepspeed).read_text())
+    if settings.deepspeed is not None:
+        record["deepspeed"] = read_deepspeed(settings.deepspeed)
     return record
 
 
@@ -129,9 +131,9 @@ def traces_fingerprint(traces: TraceSet) -> str:
     return digest.hexdigest()
 
 
-def _parts(traces: TraceSet, index: torch.Tensor, ranks: Ranks) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _parts(traces: TraceSet, index: torch.Tensor, group: Group) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What the guard looks at: this rank's states and mean visual tokens, part by part."""
-    for part in index.split(PART)[ranks.rank :: ranks.size]:
+    for part in index.split(PART)[group.rank :: group.size]:
         yield traces.state[part], traces.visual[part]
 
 

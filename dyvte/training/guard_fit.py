@@ -8,46 +8,46 @@ import torch
 
 from dyvte.heads import ExitHeads
 from dyvte.heads.guard import ALL_LAYERS
-from dyvte.training.parallel import Ranks
+from dyvte.training.parallel import Group
 
 Parts = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
 
 @torch.no_grad()
-def fit_guard(heads: ExitHeads, training: Parts, validation: Parts, ranks: Ranks | None = None) -> None:
+def fit_guard(heads: ExitHeads, training: Parts, validation: Parts, group: Group | None = None) -> None:
     """Mean and spread from one set of samples, the radii that keep ``heads.config.guard`` of another.
 
     Args:
         training, validation: give this rank's samples part by part, as often as they are called: text states
             [n, L, 2d] and mean visual tokens [n, d].
     """
-    ranks, guard = ranks or Ranks(), heads.guard
-    heads.to(ranks.device).eval()
+    group, guard = group or Group(), heads.guard
+    heads.to(group.device).eval()
 
     def parts(of: Parts) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         for state, visual in of():
-            yield heads.features(state.to(ranks.device)), visual.to(ranks.device).float()
+            yield heads.features(state.to(group.device)), visual.to(group.device).float()
 
     features, images = _Spread(guard.mean), _Spread(guard.image_mean[None])
-    with ranks.together():
+    with group.together():
         for part, visual in parts(training):
             features.add_to_mean(part.transpose(0, 1))
             images.add_to_mean(visual[None])
     for spread in (features, images):
-        spread.share_mean(ranks)
-    with ranks.together():
+        spread.share_mean(group)
+    with group.together():
         for part, visual in parts(training):
             features.add_to_variance(part.transpose(0, 1))
             images.add_to_variance(visual[None])
     for spread in (features, images):
-        spread.share_variance(ranks)
+        spread.share_variance(group)
     for i in range(len(guard.mean)):
         guard.mean[i], guard.whiten[i] = features.mean(i), features.whitening(i)
     guard.image_mean.copy_(images.mean(0))
     guard.image_whiten.copy_(images.directions(0, len(guard.image_whiten)))
-    with ranks.together():
+    with group.together():
         distances = [(guard.distance(p, ALL_LAYERS).cpu(), guard.image_distance(v).cpu()) for p, v in parts(validation)]
-    distances = [part for some in ranks.gather(distances) for part in some]
+    distances = [part for some in group.gather(distances) for part in some]
     for radius, part in zip((guard.radius, guard.image_radius), zip(*distances)):
         radius.copy_(torch.cat(part).quantile(heads.config.guard, 0))
     heads.cpu()
@@ -68,15 +68,15 @@ class _Spread:
         self.count += part.shape[1]
         self.total += part.double().sum(1)
 
-    def share_mean(self, ranks: Ranks) -> None:
-        self.count, self.total = ranks.sum(self.count), ranks.sum(self.total)
+    def share_mean(self, group: Group) -> None:
+        self.count, self.total = group.sum(self.count), group.sum(self.total)
 
     def add_to_variance(self, part: torch.Tensor) -> None:
         apart = part.double() - (self.total / self.count)[:, None]
         self.products += apart.transpose(1, 2) @ apart
 
-    def share_variance(self, ranks: Ranks) -> None:
-        self.products = ranks.sum(self.products)
+    def share_variance(self, group: Group) -> None:
+        self.products = group.sum(self.products)
 
     def mean(self, group: int) -> torch.Tensor:
         """[d]"""

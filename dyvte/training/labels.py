@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,10 +22,18 @@ def exit_labels(traces: TraceSet, rule: str = "agreement", index: Any = slice(No
         index: of the samples to look at.
     """
     if rule == "agreement":
-        return traces.agreement[index] >= 1
+        return labels_of(rule, traces.agreement[index])
+    return labels_of(rule, traces.agreement[index], traces.nll[index].float(), traces.dense_nll[index])
+
+
+def labels_of(
+    rule: str, agreement: torch.Tensor, nll: torch.Tensor | None = None, dense_nll: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The labels of samples whose agreement and NLL [n, L] and dense NLL [n] are known, see :func:`exit_labels`."""
+    if rule == "agreement":
+        return agreement >= 1
     if rule == "original":
-        limit = 1.03 * traces.dense_nll[index][:, None]
-        return (traces.agreement[index] > 0.99) & (traces.nll[index].float() < limit)
+        return (agreement > 0.99) & (nll < 1.03 * dense_nll[:, None])
     raise ValueError(f"unknown label rule {rule!r}: choose agreement or original")
 
 
@@ -41,7 +50,13 @@ def check_labels(traces: TraceSet, rule: str, columns: list[int]) -> None:
         seen |= set(exit_labels(traces, rule, slice(start, start + PART))[:, columns].unique().tolist())
         if len(seen) == 2:
             return
-    raise ValueError(
-        "every exit of every sample has the same label, so there is nothing to learn: "
-        f"{'any fixed exit layer keeps all answers' if seen == {True} else 'no exit keeps any answer'}"
-    )
+    refuse_one_label({label: label in seen for label in (False, True)})
+
+
+def refuse_one_label(seen: Mapping[bool, bool]) -> None:
+    """Raises ``ValueError`` if only one label was seen."""
+    if not all(seen.values()):
+        raise ValueError(
+            "every exit of every sample has the same label, so there is nothing to learn: "
+            f"{'any fixed exit layer keeps all answers' if seen[True] else 'no exit keeps any answer'}"
+        )

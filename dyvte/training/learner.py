@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from dyvte.config import FitSettings
 from dyvte.heads import ExitHeads
-from dyvte.training.parallel import Ranks
+from dyvte.training.parallel import Group
 from dyvte.training.state import Tensors
 
 Batch = tuple[torch.Tensor, torch.Tensor, Callable[[list[int]], list[str]]]
@@ -30,8 +30,8 @@ class Learner:
         steps: of the whole training.
     """
 
-    def __init__(self, heads: ExitHeads, settings: FitSettings, steps: int, ranks: Ranks):
-        self.heads, self.settings, self.ranks = heads.to(ranks.device), settings, ranks
+    def __init__(self, heads: ExitHeads, settings: FitSettings, steps: int, group: Group):
+        self.heads, self.settings, self.group = heads.to(group.device), settings, group
         self.columns = [e - 1 for e in heads.config.decided]
         self.steps = 0  # taken
         self.optimizer = torch.optim.AdamW(heads.heads.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
@@ -39,12 +39,13 @@ class Learner:
             self.optimizer, settings.lr, total_steps=steps, pct_start=0.1
         )
 
-    def step(self, count: int, read: Callable[[range], Batch]) -> float:
+    def step(self, count: int, places: Sequence[int], read: Callable[[Sequence[int]], Batch]) -> float:
         """Learns from a batch.
 
         Args:
             count: samples of the batch, over all ranks.
-            read: gives some of them by their places in it: states [n, L, 2d], labels [n, columns], and what
+            places: which of them are this rank's.
+            read: gives some of them by their places in the batch: states [n, L, 2d], labels [n, columns], and what
                 tells the ids of some of these rows.
 
         Returns:
@@ -53,14 +54,13 @@ class Learner:
         Raises:
             ValueError: on all ranks, if states or the loss are not finite, or something failed on one of them.
         """
-        share = self.ranks.share(count)
-        with self.ranks.together():
-            state, labels, names = read(share)
-            state, labels = state.to(self.ranks.device).float(), labels.to(self.ranks.device)
-            logits = self._forward(self._dropout(state, share))[:, self.columns]
+        with self.group.together():
+            state, labels, names = read(places)
+            state, labels = state.to(self.group.device).float(), labels.to(self.group.device)
+            logits = self._forward(self._dropout(state, places))[:, self.columns]
             loss = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum")
             loss = loss / (count * len(self.columns))
-        total = float(self.ranks.sum(loss.detach()))
+        total = float(self.group.sum(loss.detach()))
         if not math.isfinite(total):
             self._refuse(state, names)
         self._learn(loss)
@@ -76,10 +76,10 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for parameter in self.heads.heads.parameters():
-            parameter.grad.copy_(self.ranks.sum(parameter.grad))
+            self.group.sum_(parameter.grad)
         self.optimizer.step()
 
-    def _dropout(self, state: torch.Tensor, places: range) -> torch.Tensor:
+    def _dropout(self, state: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
         if self.settings.dropout == 0:
             return state
         generator, keep = torch.Generator(state.device), 1 - self.settings.dropout
@@ -91,7 +91,7 @@ class Learner:
 
     def _refuse(self, state: torch.Tensor, names: Callable[[list[int]], list[str]]) -> None:
         bad = [row for row, one in enumerate(state) if not bool(one.isfinite().all())]
-        refuse([name for some in self.ranks.gather(names(bad)) for name in some])
+        refuse([name for some in self.group.gather(names(bad)) for name in some])
 
     def progress(self) -> dict[str, Any]:
         """What JSON can hold of the state; all ranks ask for it together, as for :meth:`tensors`."""
@@ -100,13 +100,13 @@ class Learner:
         return {"steps": self.steps, "schedule": self.schedule.state_dict(), "rates": rates}
 
     def tensors(self) -> Tensors:
-        """Weights and moments, whole, on every rank."""
-        moments = {
-            f"{kind}.{name}": moment
-            for name, parameter in self.heads.heads.named_parameters()
-            for kind, moment in self._moments(parameter).items()
-        }
-        return moments | {f"weights.{name}": weight for name, weight in self.heads.heads.state_dict().items()}
+        """Weights and moments, whole, on rank 0; others have the weights alone."""
+        tensors = {f"weights.{name}": weight for name, weight in self.heads.heads.state_dict().items()}
+        for name, parameter in self.heads.heads.named_parameters():
+            for kind, moment in self._moments(parameter).items():
+                if self.group.rank == 0:
+                    tensors[f"{kind}.{name}"] = moment.cpu()
+        return tensors
 
     def restore(self, progress: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Goes on from a state."""
@@ -122,7 +122,7 @@ class Learner:
     def _restore_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.heads.heads.load_state_dict(weights_of(tensors))
         for name, parameter in self.heads.heads.named_parameters():
-            moments = {kind: tensors[f"{kind}.{name}"].to(self.ranks.device) for kind in MOMENTS}
+            moments = {kind: tensors[f"{kind}.{name}"].to(self.group.device) for kind in MOMENTS}
             self.optimizer.state[parameter] = {"step": torch.tensor(float(self.steps))} | moments
 
 
@@ -131,13 +131,13 @@ def weights_of(tensors: Mapping[str, torch.Tensor], prefix: str = "weights.") ->
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def make_learner(heads: ExitHeads, settings: FitSettings, steps: int, ranks: Ranks) -> Learner:
+def make_learner(heads: ExitHeads, settings: FitSettings, steps: int, group: Group) -> Learner:
     """Plain data parallelism, or ZeRO where the settings name a DeepSpeed config."""
     if settings.deepspeed is None:
-        return Learner(heads, settings, steps, ranks)
+        return Learner(heads, settings, steps, group)
     from dyvte.training.zero import ZeroLearner  # needs deepspeed
 
-    return ZeroLearner(heads, settings, steps, ranks)
+    return ZeroLearner(heads, settings, steps, group)
 
 
 def refuse(samples: Sequence[str]) -> None:

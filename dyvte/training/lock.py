@@ -12,19 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dyvte.ranks import Ranks
-
 LOCK = ".lock"
 TRIES, WAIT = 20, 0.05  # seconds
 
 
-def run_name(ranks: Ranks) -> str:
+def run_name(world_size: int) -> str:
     """What the ranks of one run have in common, and no other run at the same time."""
-    name = f"process {os.getpid()} on {socket.gethostname()}"
-    if ranks.world_size == 1:
-        return name
-    first = ranks.gather(name)[0]
-    return f"a run of {ranks.world_size} ranks, the first of them {first}"
+    if world_size > 1 and "MASTER_PORT" in os.environ:  # no two runs meet at one address
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ['MASTER_PORT']}"
+        return f"a run of {world_size} ranks at {place} {os.environ.get('TORCHELASTIC_RUN_ID', '')}".strip()
+    process = os.getppid() if world_size > 1 else os.getpid()
+    return f"process {process} on {socket.gethostname()}"
 
 
 @contextmanager

@@ -1,7 +1,9 @@
-"""Ranks that train heads together. What ``torch.distributed`` was told is all they know of each other."""
+"""Group that train heads together. What ``torch.distributed`` was told is all they know of each other."""
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Group:
     """This process among those that train the same heads; one process alone is rank 0 of 1.
 
     Attributes:
@@ -25,11 +27,11 @@ class Ranks:
     device: torch.device = torch.device("cpu")
 
     @classmethod
-    def here(cls, device: str | torch.device | None = None) -> Ranks:
+    def here(cls, device: str | torch.device | None = None) -> Group:
         """All ranks of the default process group, if there is one.
 
         Args:
-            device: the current GPU if there is one, else the CPU, if not given. Ranks that share a machine have to
+            device: the current GPU if there is one, else the CPU, if not given. Group that share a machine have to
                 choose their GPUs before (``torch.cuda.set_device``).
         """
         if device is None:
@@ -37,6 +39,12 @@ class Ranks:
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size(), torch.device(device))
         return cls(device=torch.device(device))
+
+    @property
+    def run(self) -> str:
+        """What the ranks of one run have in common, and no other run: see :func:`dyvte.training.lock.one_run`."""
+        first = self.gather(f"process {os.getpid()} on {socket.gethostname()}")[0]
+        return first if self.size == 1 else f"a run of {self.size} ranks, the first of them {first}"
 
     def share(self, count: int) -> range:
         """Which of ``count`` things in a row are this rank's: as many as any other's, give or take one."""
@@ -49,6 +57,11 @@ class Ranks:
         summed = values.detach().to(self.device, copy=True)
         dist.all_reduce(summed)
         return summed.to(values.device)
+
+    def sum_(self, values: torch.Tensor) -> None:
+        """The same in place, of what lies on the device."""
+        if self.size > 1:
+            dist.all_reduce(values)
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank has, rank by rank."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dyvte.config import FitConfig, PromiseSettings, TraceConfig, TraceSettings, TrainConfig
-from dyvte.data import fingerprint, load_samples, read_config
+from dyvte.data import Sample, fingerprint, load_samples, read_config
 from dyvte.heads import ExitHeads
 from dyvte.loading import Mllm, load_mllm
 from dyvte.ranks import Ranks
@@ -21,10 +21,11 @@ from dyvte.tracking import Tracker
 from dyvte.training.calibrate import calibrate, check_enough
 from dyvte.training.fit import fit_heads, quality
 from dyvte.training.held_out import check_held_out
+from dyvte.training.online import train_online
 from dyvte.training.store import TraceSet, load_traces
 from dyvte.training.write import write_traces
 
-TRAIN, HELD_OUT, STATES = "train", "held-out", "states"  # what the work folder of a run holds
+TRAIN, HELD_OUT, FIT = "train", "held-out", "fit"  # what the work folder of a run holds
 DEFAULT_NEW_TOKENS = 16
 
 
@@ -45,7 +46,8 @@ def fit(config: FitConfig, ranks: Ranks) -> ExitHeads:
     held_out = None if config.alpha is None else load_traces(*listed(config.calibration))
     with Tracker(config.tracking, Path(config.output), vars(config), ranks) as tracker:
         check_split(traces, held_out, config)
-        heads = fit_heads(traces, config.fit, progress=ranks.first)
+        states = Path("runs", Path(config.output).name, FIT)
+        heads = fit_heads(traces, config.fit, ranks.first, states, ranks.device, tracker.epochs("fit"))
         return finish(heads, held_out, config, config.output, ranks, tracker)
 
 
@@ -59,14 +61,56 @@ def train(config: TrainConfig, ranks: Ranks) -> ExitHeads:
         check_enough(len(samples[HELD_OUT]), config.alpha, config.delta)
     with Tracker(config.tracking, work, vars(config), ranks) as tracker:
         mllm = load_mllm(config, ranks)
+        if config.mode == "online":
+            heads = learn_online(mllm, samples[TRAIN], samples.get(HELD_OUT), config, ranks, tracker)
+            return write_heads(heads, config.output, ranks, tracker)
         for name, source in data.items():
             trace_data(mllm, source, work / name, config, ranks, tracker, samples[name])
         release(mllm)
         traces = load_traces(work / TRAIN)
         held_out = None if config.held_out is None else load_traces(work / HELD_OUT)
         check_split(traces, held_out, config)
-        heads = fit_heads(traces, config.fit, progress=ranks.first)
+        heads = fit_heads(traces, config.fit, ranks.first, work / FIT, ranks.device, tracker.epochs("fit"))
         return finish(heads, held_out, config, config.output, ranks, tracker)
+
+
+def learn_online(
+    mllm: Mllm,
+    samples: Sequence[Sample],
+    held_out: Sequence[Sample] | None,
+    config: TrainConfig,
+    ranks: Ranks,
+    tracker: Tracker,
+) -> ExitHeads:
+    """Heads that learn while the model is traced, with no states of training on the disk; calibrated already."""
+    data = read_config(config.data)
+    promised = None if config.held_out is None else described(read_config(config.held_out))
+    return train_online(
+        mllm.model,
+        mllm.processor,
+        samples,
+        held_out,
+        work_folder(config),
+        config.fit,
+        config.online,
+        config,
+        config,
+        max_new_tokens=config.max_new_tokens or data.get("max_new_tokens", DEFAULT_NEW_TOKENS),
+        template=data.get("template"),
+        visual_mask=mllm.visual_mask,
+        decoder=mllm.decoder,
+        provenance=described(data),
+        held_out_provenance=promised,
+        ranks=ranks,
+        progress=ranks.first,
+        device=ranks.device,
+        log=tracker.epochs("online"),
+    )
+
+
+def described(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A data config as traces and heads remember it."""
+    return dict(data) | {"fingerprint": fingerprint(data)}
 
 
 def work_folder(config: TrainConfig) -> Path:
@@ -81,7 +125,7 @@ def trace_data(
     settings: TraceSettings,
     ranks: Ranks,
     tracker: Tracker | None = None,
-    samples: Sequence[Any] | None = None,
+    samples: Sequence[Sample] | None = None,
     pruning: Mapping[str, Any] | None = None,
 ) -> Path:
     """Traces a data set with a model into a folder; ranks share the work.
@@ -91,8 +135,8 @@ def trace_data(
         samples: of that data, where they are loaded already.
         pruning: see :func:`dyvte.training.write.write_traces`.
     """
-    described = read_config(data)
-    samples = load_samples(described) if samples is None else samples
+    data = read_config(data)
+    samples = load_samples(data) if samples is None else samples
     report = None if tracker is None else tracker.progress(f"trace {Path(folder).name}")
     return write_traces(
         mllm.model,
@@ -103,11 +147,11 @@ def trace_data(
         decoder=mllm.decoder,
         answers=settings.answers,
         batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens or described.get("max_new_tokens", DEFAULT_NEW_TOKENS),
-        template=described.get("template"),
+        max_new_tokens=settings.max_new_tokens or data.get("max_new_tokens", DEFAULT_NEW_TOKENS),
+        template=data.get("template"),
         exits=settings.exits,
+        provenance=described(data),
         pruning=pruning,
-        provenance=described | {"fingerprint": fingerprint(described)},
         unit_size=settings.unit_size,
         seed=settings.seed,
         on_error=settings.on_error,
@@ -152,10 +196,15 @@ def finish(
     tracker: Tracker | None = None,
 ) -> ExitHeads:
     """Calibrates heads on held-out traces, and writes them with their card; the first rank does."""
+    if ranks.first and held_out is not None and settings.alpha is not None:
+        calibrate(heads, held_out, settings.alpha, settings.delta, settings.shared_images)
+        heads.config.training |= {f"calibration_{k}": v for k, v in quality(heads, held_out)["mean"].items()}
+    return write_heads(heads, output, ranks, tracker)
+
+
+def write_heads(heads: ExitHeads, output: str | Path, ranks: Ranks, tracker: Tracker | None = None) -> ExitHeads:
+    """Writes the first rank's heads with their card; all ranks get what was written."""
     if ranks.first:
-        if held_out is not None and settings.alpha is not None:
-            calibrate(heads, held_out, settings.alpha, settings.delta, settings.shared_images)
-            heads.config.training |= {f"calibration_{k}": v for k, v in quality(heads, held_out)["mean"].items()}
         heads.save_pretrained(output)
         if tracker is not None:
             tracker.log(figures(heads))

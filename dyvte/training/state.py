@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dyvte.provenance import atomic_path, differing, write_json
-from dyvte.training.parallel import Ranks
+from dyvte.training.parallel import Group
 from dyvte.training.units import sha256_of
 
 STATE = "state.json"
@@ -33,8 +33,8 @@ class TrainingState:
         record: what determines the result, as JSON can hold it; a state of something else is refused.
     """
 
-    def __init__(self, folder: Path, record: Mapping[str, Any], ranks: Ranks):
-        self.folder, self.record, self.ranks = folder, json.loads(json.dumps(record)), ranks
+    def __init__(self, folder: Path, record: Mapping[str, Any], group: Group):
+        self.folder, self.record, self.group = folder, json.loads(json.dumps(record)), group
 
     def load(self) -> tuple[dict[str, Any], Tensors] | None:
         """How far it got, and the tensors; None if nothing was saved.
@@ -42,13 +42,13 @@ class TrainingState:
         Raises:
             ValueError: the state is damaged, or belongs to another training.
         """
-        with self.ranks.together():
+        with self.group.together():
             # Folders of a network may show their old content to some ranks for a while: one says what counts.
-            noted = self._noted() if self.ranks.rank == 0 else None
-        noted = self.ranks.gather(noted)[0]
+            noted = self._noted() if self.group.rank == 0 else None
+        noted = self.group.gather(noted)[0]
         if noted is None:
             return None
-        with self.ranks.together():
+        with self.group.together():
             tensors = self._tensors(noted)
         return noted["progress"], tensors
 
@@ -62,8 +62,8 @@ class TrainingState:
         Raises:
             ValueError: the disk does not take it.
         """
-        with self.ranks.together():
-            if self.ranks.rank == 0:
+        with self.group.together():
+            if self.group.rank == 0:
                 try:
                     self._write(number, progress, tensors)
                 except OSError as error:

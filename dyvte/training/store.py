@@ -202,7 +202,7 @@ def _common(prunings: list[Any]) -> Any:
 def _read_json(path: Path, missing: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(missing) from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove its folder and trace again") from error

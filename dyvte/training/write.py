@@ -116,7 +116,7 @@ def write_traces(
     with ExitStack() as stack:
         with _faults_of(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(one_run(folder, run_name(ranks)))
+            stack.enter_context(one_run(folder, run_name(ranks.world_size)))
             if ranks.first:
                 _sweep(folder)
                 claim(folder / PROVENANCE, record, partial(check_same, folder))

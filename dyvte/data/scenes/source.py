@@ -63,8 +63,7 @@ class SceneSamples(Source):
         others = set(config) - {"scenes", "prompt", "limit", *SCORING}
         if others:
             raise ValueError(f"scenes take no {sorted(others)}: give split, n, seed, kinds and style under `scenes`")
-        if not isinstance(settings["n"], int) or settings["n"] < 1:
-            raise ValueError(f"scenes.n must be a number of samples, 1 or more, not {settings['n']!r}")
+        _check_settings(settings)
         self.prompt = config.get("prompt") or "{question}"
         check_template(self.prompt, {"question"})
         n = min(settings["n"], config.get("limit") or settings["n"])
@@ -78,3 +77,16 @@ class SceneSamples(Source):
         row = self.rows[index]
         question = self.prompt.format(question=row["question"])
         return Sample(self.ids[index], [row["image"]], question, [row["answer"]], [], row["kind"])
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    n, seed, kinds = settings["n"], settings.get("seed", 0), settings.get("kinds") or []
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"scenes.n must be a number of samples, 1 or more, not {n!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"scenes.seed must be a whole number, not {seed!r}")
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise ValueError(f"scenes.kinds must be a list, of {', '.join(KINDS)}, not {kinds!r}")
+    for key in ("split", "style"):
+        if not isinstance(settings.get(key, ""), str):
+            raise ValueError(f"scenes.{key} must be text, not {settings[key]!r}")

@@ -1,0 +1,1 @@
+"""dyvte inside other software; each part needs what its extra installs."""
