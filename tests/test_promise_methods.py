@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES as MODELS
 from models import LAYERS, PATCHES, batch_of, prompt, tiny_llava
 from scipy.stats import beta
+from tiny_llava import random_reference
 
 import dyvte
 import dyvte.training.outcomes as module
@@ -25,7 +24,6 @@ from dyvte.runtime.decoder import DecoderSpec
 from dyvte.training.agreement import dense_answers, keeps_answers
 from dyvte.training.promise import calibrate_config, calibrate_method
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 RAGGED = [prompt(3, 5, seed=1), prompt(1, 9, seed=2), prompt(6, 1, seed=3), prompt(2, 4, images=2, seed=4)]
 STEPS = 3
 
@@ -128,12 +126,7 @@ def test_declared_settings_can_be_changed():
 
 @pytest.fixture(scope="module")
 def mllm():
-    from reference_mllm import build_model, build_processor
-    from test_pipeline import SETTINGS
-
-    torch.manual_seed(1)
-    processor = build_processor(15)
-    return build_model(SETTINGS, len(processor.tokenizer)).eval(), processor
+    return random_reference()
 
 
 def scenes(n=80, seed=5):
