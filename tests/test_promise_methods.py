@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES as MODELS
 from models import LAYERS, PATCHES, batch_of, prompt, tiny_llava
 from scipy.stats import beta
+from tiny_llava import random_reference
 
 import dyvte
 import dyvte.training.outcomes as module
 from dyvte.config import MethodConfig
 from dyvte.data import load_samples
-from dyvte.methods import METHODS
+from dyvte.methods import METHODS, by_name
 from dyvte.methods.families import FAMILIES, Family, Shape, build
 from dyvte.promise import Promise
 from dyvte.runtime.decoder import DecoderSpec
 from dyvte.training.agreement import dense_answers, keeps_answers
 from dyvte.training.promise import calibrate_config, calibrate_method
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 RAGGED = [prompt(3, 5, seed=1), prompt(1, 9, seed=2), prompt(6, 1, seed=3), prompt(2, 4, images=2, seed=4)]
 STEPS = 3
 
@@ -72,6 +70,12 @@ def test_on_other_families_of_models(name):
     layer = max(2, DecoderSpec.of(model).min_layer)
     methods = [dyvte.FastV(layer, 0.5), dyvte.FixedExit(layer), dyvte.FastV(layer, 0.3) & dyvte.FixedExit(layer + 1)]
     check_agreement(model, inputs, methods)
+
+
+@pytest.mark.parametrize("rows", ["prompt", "all"])
+def test_what_is_skipped_in_prompts_is_not_skipped_in_answers(rows):
+    methods = [by_name("skip_computations", layers=[1, 3], part=part, rows=rows) for part in ("ffn", "block")]
+    check_agreement(tiny_llava(), batch_of(*RAGGED), methods)
 
 
 def test_both_outcomes_happen():
@@ -122,12 +126,7 @@ def test_declared_settings_can_be_changed():
 
 @pytest.fixture(scope="module")
 def mllm():
-    from reference_mllm import build_model, build_processor
-    from test_pipeline import SETTINGS
-
-    torch.manual_seed(1)
-    processor = build_processor(15)
-    return build_model(SETTINGS, len(processor.tokenizer)).eval(), processor
+    return random_reference()
 
 
 def scenes(n=80, seed=5):

@@ -103,4 +103,6 @@ class SkipComputations(LayerEdit):
         """bool [n, width]"""
         if self.rows == "visual":
             return view.visual.to(states.device)
+        if self.rows == "prompt" and view.prompt.answer is not None:  # answers that come in one pass with their prompt
+            return ~view.tokens.gather(view.prompt.answer, view.samples).to(states.device)
         return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
