@@ -31,6 +31,7 @@ def parse(config_class, *arguments):
         (["alpha=1e-3"], "alpha", 0.001),
         (["alpha=null"], "alpha", None),
         (["model=123"], "model", "123"),
+        (["model='1 2'"], "model", "1 2"),
         (["model=a=b"], "model", "a=b"),
         (["exits=[1, 2]"], "exits", [1, 2]),
         (["exits=2"], "exits", 2),

@@ -128,8 +128,8 @@ def _assign(config: dict[str, Any], path: str, text: str, hints: Mapping[str, An
             raise ValueError(f"{so_far} is {inner!r} and has no keys: {path} needs a mapping or a YAML file there")
         place[name] = place = dict(inner or {})
     jinja = text.startswith(("{{", "{%"))  # what no mapping starts with
-    collection = text.lstrip().startswith(("{", "["))
-    place[last] = parse_yaml(text, f"the value of {path}") if not jinja and (path not in hints or collection) else text
+    marked = text.lstrip().startswith(("{", "[", '"', "'"))
+    place[last] = parse_yaml(text, f"the value of {path}") if not jinja and (path not in hints or marked) else text
 
 
 def _check_keys(config: Mapping[str, Any], config_class: type, hints: Mapping[str, Any], prog: str) -> None:

@@ -35,7 +35,7 @@ dots reach into mappings; later ones win. A usual way through:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; without any, explains them. Faults of the user end the process with exit code 2."""
-    name, *rest = arguments if arguments is not None else sys.argv[1:] or ["--help"]
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     with faults():
         if name in ("-h", "--help", "help"):
             print(overview(), end="")
