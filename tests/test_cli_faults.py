@@ -244,8 +244,8 @@ OTHERS = [
     ("report $TMP/summary-junk", "summary.json is damaged"),
     ("report $TMP/summary-empty", "summary.json is damaged"),
     ("report $TMP/rows-junk", "fixed.jsonl is damaged"),
-    ("report $TMP/curve-junk", "curve.json is damaged"),
-    ("report $TMP/curve-empty", "curve.json must hold lists"),
+    ("report $TMP/promise-junk", "promise.json"),
+    ("report $TMP/promise-empty", "promise.json"),
     (f"{CONVERT} weights=nowhere", "there is no file nowhere"),
     (f"{CONVERT} weights=$TMP", "there is no file"),
     (f"{CONVERT} weights=$TMP/rows.jsonl", "holds no weights that can be read"),
@@ -268,7 +268,7 @@ OTHERS = [
     (f"{EVALUATE} {DATA} output=$TMP/rows.jsonl", "is a file"),
     (f"inspect {MODEL} {DATA} output=$TMP/rows.jsonl", "is a file"),
     (f"{CONVERT} weights=$TMP/gates.safetensors output=$TMP/rows.jsonl", "is a file"),
-    (f"{CONVERT} weights=$TMP/gates.safetensors output=/proc/heads", "/proc/heads"),
+    (f"{CONVERT} weights=$TMP/gates.safetensors output=/proc/heads", "choose another place"),
 ]
 CASES = [*WORDS, *FILES, *VALUES, *SAMPLES, *TRACED, *COMPARED, *OTHERS]
 CASES += [(f"{TRACE} {DATA} model={folder}", fault) for folder, fault in MODELS]
@@ -357,8 +357,8 @@ def places(tmp_path_factory):
     edited(results, tmp / "rows-junk", "fixed.jsonl", "{]\n")
     edited(results, tmp / "summary-junk", "summary.json", "{]")
     edited(results, tmp / "summary-empty", "summary.json", "{}")
-    edited(results, tmp / "curve-junk", "curve.json", "{]")
-    edited(results, tmp / "curve-empty", "curve.json", "{}")
+    edited(results, tmp / "promise-junk", "promise.json", "{]")
+    edited(results, tmp / "promise-empty", "promise.json", "{}")
 
     torch.save([1, 2], tmp / "list.bin")
     torch.save({"gate": "text"}, tmp / "text.bin")

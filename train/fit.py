@@ -7,15 +7,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from dyvte.cli.arguments import read_arguments
+from dyvte.cli.faults import faults
 from dyvte.config import FitConfig
 from dyvte.ranks import Ranks
 from dyvte.tracking import Tracker
 from dyvte.training import recipes
-from dyvte.training.cost import plan
+from dyvte.training.cost import told
 from dyvte.training.fit import fit_heads
 from dyvte.training.store import load_traces
 
@@ -33,11 +33,6 @@ def main(config: FitConfig, ranks: Ranks) -> None:
 
 if __name__ == "__main__":
     config = read_arguments(FitConfig, prog="train/fit.py")
-    try:
-        with Ranks.launched() as ranks:
-            if not config.plan:
-                main(config, ranks)
-            elif ranks.first:
-                print(plan(config, ranks.world_size))
-    except ValueError as error:
-        sys.exit(f"train/fit.py: {error}")
+    with faults(), Ranks.launched() as ranks:
+        if not told(config, ranks):
+            main(config, ranks)

@@ -7,16 +7,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from dyvte.cli.arguments import read_arguments
+from dyvte.cli.faults import faults
 from dyvte.config import TraceConfig
 from dyvte.data import load_samples, read_config
 from dyvte.loading import load_mllm, needs_group
 from dyvte.ranks import Ranks
 from dyvte.tracking import Tracker
-from dyvte.training.cost import plan
+from dyvte.training.cost import told
 from dyvte.training.recipes import trace_data
 
 
@@ -29,11 +29,6 @@ def main(config: TraceConfig, ranks: Ranks) -> None:
 
 if __name__ == "__main__":
     config = read_arguments(TraceConfig, prog="train/trace.py")
-    try:
-        with Ranks.launched(config.device, group=needs_group(config)) as ranks:
-            if not config.plan:
-                main(config, ranks)
-            elif ranks.first:
-                print(plan(config, ranks.world_size))
-    except ValueError as error:
-        sys.exit(f"train/trace.py: {error}")
+    with faults(), Ranks.launched(config.device, group=needs_group(config)) as ranks:
+        if not told(config, ranks):
+            main(config, ranks)

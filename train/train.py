@@ -12,9 +12,9 @@ The same command goes on after an interruption, with any number of ranks. ``--he
 from __future__ import annotations
 
 import json
-import sys
 
 from dyvte.cli.arguments import read_arguments
+from dyvte.cli.faults import faults
 from dyvte.config import TrainConfig
 from dyvte.data import load_samples, read_config
 from dyvte.loading import load_mllm, needs_group
@@ -22,7 +22,7 @@ from dyvte.ranks import Ranks
 from dyvte.tracking import Tracker
 from dyvte.training import recipes
 from dyvte.training.calibrate import check_enough, compare
-from dyvte.training.cost import plan
+from dyvte.training.cost import told
 from dyvte.training.fit import fit_heads
 from dyvte.training.store import load_traces
 
@@ -65,11 +65,6 @@ def main(config: TrainConfig, ranks: Ranks) -> None:
 
 if __name__ == "__main__":
     config = read_arguments(TrainConfig, prog="train/train.py")
-    try:
-        with Ranks.launched(config.device, group=needs_group(config)) as ranks:
-            if not config.plan:
-                main(config, ranks)
-            elif ranks.first:
-                print(plan(config, ranks.world_size))
-    except ValueError as error:
-        sys.exit(f"train/train.py: {error}")
+    with faults(), Ranks.launched(config.device, group=needs_group(config)) as ranks:
+        if not told(config, ranks):
+            main(config, ranks)

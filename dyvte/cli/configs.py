@@ -97,6 +97,6 @@ class DemoConfig(Checked):
     model: str | None = None
     heads: str | None = None
     per_kind: Count = 32
-    repeats: Count = 5
+    repeats: Count = 3
     output: str = "runs/demo"
     threads: Count = 1

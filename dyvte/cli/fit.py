@@ -27,10 +27,13 @@ def main(arguments: Sequence[str]) -> None:
 def run(config: FitConfig) -> None:
     from dyvte.cli.outputs import check_folder
     from dyvte.ranks import Ranks
+    from dyvte.training.cost import told
     from dyvte.training.recipes import fit
 
     check_folder(config.output)
     with Ranks.launched() as ranks:
+        if told(config, ranks):
+            return
         heads = fit(config, ranks)
         if ranks.first:
             print(promise_of(heads))

@@ -23,8 +23,11 @@ def run(config: TraceConfig) -> None:
     from dyvte.cli.outputs import check_folder
     from dyvte.loading import needs_group
     from dyvte.ranks import Ranks
+    from dyvte.training.cost import told
     from dyvte.training.recipes import trace
 
     check_folder(config.output)
     with Ranks.launched(config.device, group=needs_group(config)) as ranks:
+        if told(config, ranks):
+            return
         trace(config, ranks)

@@ -26,11 +26,14 @@ def run(config: TrainConfig) -> None:
     from dyvte.cli.outputs import check_folder
     from dyvte.loading import needs_group
     from dyvte.ranks import Ranks
+    from dyvte.training.cost import told
     from dyvte.training.recipes import train, work_folder
 
     check_folder(config.output)
     check_folder(str(work_folder(config)), "work")
     with Ranks.launched(config.device, group=needs_group(config)) as ranks:
+        if told(config, ranks):
+            return
         heads = train(config, ranks)
         if ranks.first:
             print(fit.promise_of(heads))

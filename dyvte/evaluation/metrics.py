@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torchmetrics import Metric
@@ -286,12 +287,12 @@ METRICS: dict[str, type[AnswerMetric]] = {
 }
 
 
-def build_metric(name: str) -> AnswerMetric:
-    """A fresh metric by its name.
+def build_metric(name: str, **settings: Any) -> AnswerMetric:
+    """A fresh metric by its name, with settings of ``torchmetrics.Metric``.
 
     Raises:
         ValueError: there is none of this name.
     """
     if name not in METRICS:
         raise ValueError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
-    return METRICS[name]()
+    return METRICS[name](**settings)

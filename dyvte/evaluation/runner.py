@@ -105,7 +105,7 @@ def evaluate(
             "ranks that share weights (fsdp2, zero3) must call the model equally often, and with exits they do not: "
             "use shard=none, tp or device_map"
         )
-    scorer = build_metric(metric)
+    scorer = build_metric(metric, sync_on_compute=False)  # the first rank alone sums up, from the rows of all
     subject = Subject(model, processor, scorer, max_new_tokens, template, visual_mask)
     settings = {
         "model": subject.identity(),

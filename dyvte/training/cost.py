@@ -16,6 +16,7 @@ from dyvte.config import FitConfig, FitSettings, ModelConfig, OnlineSettings, Tr
 from dyvte.data import encode, load_samples, read_config
 from dyvte.heads import ExitHeads, ExitHeadsConfig
 from dyvte.loading import load_empty
+from dyvte.ranks import Ranks
 from dyvte.runtime.decoder import DecoderSpec, visual_tokens
 from dyvte.training.store import load_traces
 from dyvte.training.trace import traced_exits
@@ -129,6 +130,13 @@ def plan(config: TraceConfig | FitConfig | TrainConfig, world_size: int = 1) -> 
         online = config.online if config.mode == "online" else None
         lines += _fit_lines(config.fit, samples, shape.layers, shape.size, online)
     return "\n".join(lines)
+
+
+def told(config: TraceConfig | FitConfig | TrainConfig, ranks: Ranks) -> bool:
+    """Prints the plan of a run that is asked for no more than that (``plan=true``); whether it is."""
+    if config.plan and ranks.first:
+        print(plan(config, ranks.world_size))
+    return config.plan
 
 
 def _trace_lines(

@@ -16,7 +16,6 @@ from vllm.logger import init_logger
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from dyvte.heads import ExitHeads, ExitHeadsConfig
-from dyvte.heads.risk import threshold_for
 from dyvte.methods import LearnedExit
 from dyvte.runtime.decoder import DecoderSpec
 
@@ -104,7 +103,8 @@ def policy_arguments() -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"DYVTE_HEADS={folder} has no exit heads, as `dyvte train` writes them: {error}") from error
     if risk is not None:
-        threshold_for(config.calibration, risk)
+        with torch.device("meta"):
+            ExitHeads(config).threshold_for(risk)
     return {"risk": risk, "other_weights": other}
 
 
