@@ -1,4 +1,4 @@
-"""Choose another threshold for trained heads from held-out traces, or VTW's one exit layer."""
+"""Choose what keeps a promise: the setting of any method, another threshold of heads, or VTW's one exit layer."""
 
 from __future__ import annotations
 
@@ -8,16 +8,31 @@ from dataclasses import asdict
 
 from dyvte.cli.arguments import read_arguments
 from dyvte.cli.fit import promise_of
-from dyvte.config import CalibrateConfig
+from dyvte.config import CalibrateConfig, MethodConfig
 
 EXAMPLES = (
     "dyvte calibrate heads=checkpoints/reference-heads traces=runs/traces/calibration alpha=0.005",
     "dyvte calibrate policy=vtw traces=runs/traces/calibration vtw.eta=0.003 output=runs/vtw.json",
+    "dyvte calibrate method=fastv model=llava-hf/llava-1.5-7b-hf data=held-out.yaml alpha=0.01 output=runs/promise",
 )
 
 
 def main(arguments: Sequence[str]) -> None:
-    run(read_arguments(CalibrateConfig, arguments, prog="dyvte calibrate", examples=EXAMPLES))
+    options = {"prog": "dyvte calibrate", "examples": EXAMPLES}
+    if any(argument.lstrip("-").partition("=")[0] == "method" for argument in arguments):
+        run_method(read_arguments(MethodConfig, arguments, **options))
+    else:
+        run(read_arguments(CalibrateConfig, arguments, **options))
+
+
+def run_method(config: MethodConfig) -> None:
+    from dyvte.cli.outputs import check_folder
+    from dyvte.training.promise import calibrate_config
+
+    check_folder(config.output)
+    promise = calibrate_config(config)
+    shown = {name: getattr(promise, name) for name in ("alpha", "delta", "samples", "risk", "bound", "saved")}
+    print(json.dumps(promise.setting | shown, indent=2))
 
 
 def run(config: CalibrateConfig) -> None:
