@@ -47,7 +47,7 @@ class ResultFolder:
             ValueError: another run is working in it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with one_run(self.path, run_name(ranks.world_size)):
+        with one_run(self.path, run_name(ranks)):
             yield
 
     def claim(self, settings: dict[str, Any], policies: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from dyvte.methods.exits import NeverExit
 from dyvte.methods.families import LEARNED, Family, Shape, build
 from dyvte.promise import IDENTITY, Curve, Promise, boldest_safe
 from dyvte.provenance import claim, write_json
+from dyvte.ranks import Ranks
 from dyvte.runtime import reduce_tokens
 from dyvte.runtime.calls import VisualMask
 from dyvte.runtime.decoder import DecoderSpec
@@ -92,7 +93,7 @@ def calibrate_method(
     for setting in family.settings:  # what does not fit is said before any work
         build(family.methods, setting).check(spec)
     work.folder.mkdir(parents=True, exist_ok=True)
-    with one_run(work.folder, run_name(1)):
+    with one_run(work.folder, run_name(Ranks())):
         claim(work.folder / PROVENANCE, record, partial(check_same, work.folder))
         write_json(work.folder / PLAN, plan.as_dict())
         asked = work.answer()
