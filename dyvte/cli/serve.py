@@ -58,10 +58,14 @@ def method_of(name: str, risk: float | None) -> Reduction:
     Raises:
         ValueError: there is nothing of the kind, or such a risk was not shown.
     """
+    from huggingface_hub import snapshot_download
+
     import dyvte
-    from dyvte.loading import load_heads
+    from dyvte.loading import load_heads, loading
     from dyvte.promise import FILE
 
-    if Path(name, FILE).is_file():
-        return dyvte.load(name, risk)
-    return dyvte.LearnedExit(load_heads(name), risk=risk)
+    with loading(name, "heads"):
+        folder = name if Path(name).is_dir() else snapshot_download(name)
+    if Path(folder, FILE).is_file():
+        return dyvte.load(folder, risk)
+    return dyvte.LearnedExit(load_heads(folder), risk=risk)
