@@ -58,25 +58,35 @@ class Adaptation(Reduction):
         raise NotImplementedError
 
     def check(self, spec: DecoderSpec) -> None:
-        name, read = type(self).__name__, {kind.source for kind in spec.kinds}
+        name = type(self).__name__
         for layer in sorted({*self.skipped, *self.adapted}):
-            if not 0 <= layer < spec.num_layers:
-                raise ValueError(f"{name} adapts layer {layer}, but the model has layers 0 ... {spec.num_layers - 1}")
-            kind = spec.kinds[layer]
-            if spec.stream is not None or not kind.attends or kind.source is not None or layer in read:
-                raise ValueError(
-                    f"{name} cannot adapt layer {layer} of {type(spec.decoder).__name__}, which has no attention, "
-                    "shares its keys with other layers, or works on several states of a token: leave it out"
-                )
-            if layer in self.skipped:
-                if spec.kinds.index(kind) == layer:
-                    raise ValueError(
-                        f"{name} cannot skip the attention of layer {layer}, the first of its kind: the length of the "
-                        "cache is read there. Skip later ones"
-                    )
-                _check_block(name, layer, spec.layers[layer])
+            check_layer(name, spec, layer, layer in self.skipped)
             if self.folded:
                 projections_behind(spec.layers[layer], layer in self.skipped)
+
+
+def check_layer(name: str, spec: DecoderSpec, layer: int, skipped: bool) -> None:
+    """Raises ``ValueError`` if a layer cannot be adapted, or its attention not be skipped.
+
+    Args:
+        name: who would do so.
+    """
+    if not 0 <= layer < spec.num_layers:
+        raise ValueError(f"{name} adapts layer {layer}, but the model has layers 0 ... {spec.num_layers - 1}")
+    kind = spec.kinds[layer]
+    shared = kind.source is not None or any(other.source == layer for other in spec.kinds)
+    if spec.stream is not None or not kind.attends or shared:
+        raise ValueError(
+            f"{name} cannot adapt layer {layer} of {type(spec.decoder).__name__}, which has no attention, shares its "
+            "keys with other layers, or works on several states of a token: leave it out"
+        )
+    if skipped and spec.kinds.index(kind) == layer:
+        raise ValueError(
+            f"{name} cannot skip the attention of layer {layer}, the first of its kind: the length of the cache is "
+            "read there. Skip later ones"
+        )
+    if skipped:
+        _check_block(name, layer, spec.layers[layer])
 
 
 def without_skipped(spec: DecoderSpec, parts: Sequence[Reduction]) -> DecoderSpec:
