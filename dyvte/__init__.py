@@ -9,7 +9,7 @@ from dyvte.version import __version__
 
 if TYPE_CHECKING:
     from dyvte.heads import ExitHeads, ExitHeadsConfig
-    from dyvte.methods import ExitPolicy, FastV, FixedExit, LearnedExit, NeverExit, RandomExit, RandomPruning
+    from dyvte.methods import EAS, ExitPolicy, FastV, FixedExit, LearnedExit, NeverExit, RandomExit, RandomPruning
     from dyvte.methods.promised import load
     from dyvte.promise import Promise
     from dyvte.runtime import (
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "dyvte.heads": ("ExitHeads", "ExitHeadsConfig"),
     "dyvte.methods": (
+        "EAS",
         "ExitPolicy",
         "FastV",
         "FixedExit",
@@ -60,6 +61,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "EAS",
     "ExitHeads",
     "ExitHeadsConfig",
     "ExitPolicy",

@@ -27,8 +27,8 @@ def mllm():
     return model, AutoProcessor.from_pretrained(MLLM)
 
 
-def readme_code(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def python_code(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
 def test_the_mllm_is_a_real_one(mllm):
@@ -53,7 +53,7 @@ def test_its_report_passes_the_bar():
 def test_the_use_shown_in_the_readme(mllm, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     names: dict = {}
-    exec(readme_code("python")[0], names)
+    exec(python_code("README.md")[0], names)
     assert capsys.readouterr().out.split() == ["5", "green", "2"]  # as the picture shows
     layers = [prompt.layers.tolist() for prompt in names["handle"].record]
     assert layers == [[1], [2], [7]]
@@ -66,6 +66,21 @@ def test_the_use_shown_in_the_readme(mllm, monkeypatch, capsys):
     with torch.no_grad(), dyvte.visual_exit(model, dyvte.load(HEADS)) as exits:
         model(**encode(processor, [sample]))
     assert exits.layers.tolist() == layers[-1]
+
+
+def test_the_use_shown_in_the_documents(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    with torch.no_grad():
+        exec(python_code("docs/usage.md")[0], names)
+        dense = names["model"].generate(**names["inputs"], max_new_tokens=16)
+    output, layers, samples = names["output"], names["exits"].layers, names["samples"]
+    width = min(dense.shape[1], output.shape[1])
+    assert (dense[:, :width] == output[:, :width]).all(1).float().mean() >= 0.9
+    assert layers.shape == (48,) and len(set(layers.tolist())) > 2 and layers.float().mean() < 7
+    answers = output[:, names["inputs"]["input_ids"].shape[1] :]
+    right = names["processor"].batch_decode(answers, skip_special_tokens=True)
+    assert sum(said.strip() == sample.answers[0] for said, sample in zip(right, samples)) >= 44
 
 
 def test_the_heads_know_where_they_come_from(mllm):
