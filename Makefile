@@ -26,7 +26,7 @@ test: $(VENV)/installed      ## all tests
 # What the inference core and tracing are tested on, each version in an environment of its own.
 VERSIONS ?= 4.57.6 5.0.0 5.19.0 5.23.0 5.24.0
 CORE = withdrawal families decoding pruning fuzz tracing learned_exit sentinel_models bad_input heads original_gates \
-	engine outside methods_eas methods_folder methods_layers methods_selection
+	engine outside eas methods_eas methods_folder methods_layers methods_selection
 MATRIX_TESTS ?= $(CORE:%=tests/test_%.py)
 
 .matrix/%/installed: pyproject.toml constraints.txt
