@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test test-matrix test-sharded test-vllm test-serve fuzz lint reproduce reference-mllm traces heads evaluation collect studies figures benchmarks clean
+.PHONY: help demo test test-matrix test-sharded test-vllm test-serve test-app fuzz lint reproduce reference-mllm traces heads evaluation collect studies figures benchmarks clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -77,6 +77,11 @@ test-vllm: .matrix/vllm/installed  ## exits in vLLM against those in transformer
 
 test-serve: .matrix/serve/installed  ## exits behind transformers' server, asked by OpenAI's client
 	$(<D)/bin/python -m pytest -q tests/test_serve.py
+
+# The system's chromium and chromium-driver open the pages; without them those tests are skipped.
+test-app: $(VENV)/installed  ## the page to ask on and the report's page, in a headless Chromium (installs gradio)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[app]' selenium
+	$(BIN)/python -m pytest -q tests/test_app.py tests/test_report.py tests/test_side_by_side.py
 
 reproduce: traces heads evaluation collect  ## from the shipped MLLM: traces, heads, evaluation, figures
 
