@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test test-matrix test-sharded test-vllm test-lmms fuzz lint reproduce reference-mllm traces heads evaluation collect studies figures benchmarks clean
+.PHONY: help demo test test-matrix test-sharded test-vllm test-serve test-lmms fuzz lint reproduce reference-mllm traces heads evaluation collect studies figures benchmarks clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -82,6 +82,16 @@ LMMS_NEEDS = accelerate evaluate decord httpx loguru numexpr pydantic pytablewri
 
 test-lmms: .matrix/lmms/installed  ## exits in lmms-eval, on scenes that it asks offline (installs lmms-eval)
 	HF_HUB_OFFLINE=1 $(LMMS_BIN)/python -m pytest -q tests/test_lmms.py
+
+# transformers' server, whose packages nothing else here needs.
+.matrix/serve/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet -c constraints.txt torch
+	$(@D)/bin/pip install --quiet -c constraints.txt pytest -e '.[serve,eval]'
+	@touch $@
+
+test-serve: .matrix/serve/installed  ## exits behind transformers' server, asked by OpenAI's client
+	$(<D)/bin/python -m pytest -q tests/test_serve.py
 
 reproduce: traces heads evaluation collect  ## from the shipped MLLM: traces, heads, evaluation, figures
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from dyvte.config import ModelConfig
-from dyvte.ranges import Checked, Count
+from dyvte.ranges import Checked, Count, OpenShare, Range
 
 
 @dataclass(kw_only=True)
@@ -79,6 +79,26 @@ class ConvertConfig:
     weights: str
     base_model: str
     output: str
+
+
+@dataclass(kw_only=True)
+class ServeConfig(ModelConfig):
+    """Answer requests of OpenAI clients with exits: transformers' own server (/v1/chat/completions, /v1/responses),
+    streaming included. A chat completion tells its exit layer and what it saved under ``dyvte``.
+
+    Args:
+        heads: folder or hub id of exit heads, or the folder of any method that ``dyvte calibrate`` has promised.
+        risk: share of answers that may change, instead of the one calibrated for; from the same curve.
+        host: address to listen on; by default this machine alone can ask.
+        port: port to listen on.
+        log: what the server writes: critical, error, warning, info, debug or trace.
+    """
+
+    heads: str
+    risk: OpenShare | None = None
+    host: str = "localhost"
+    port: Annotated[int, Range(least=1, most=65535)] = 8000
+    log: Literal["critical", "error", "warning", "info", "debug", "trace"] = "info"
 
 
 @dataclass(kw_only=True)

@@ -52,6 +52,15 @@ def table_row(name: str, values: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def headline(values: Mapping[str, Any]) -> str:
+    """What a policy does, in a sentence."""
+    same = f"Answers stay the same in {100 * values['agreement']:.1f} % of {values['n']:,} questions"
+    saved = f"{_percent(values['visual_layers_removed'])} of the layers' work on visual tokens is left out"
+    timing = values.get("timing")
+    time = f", and the first token takes {timing['prefill_ratio']:.2f} times as long" if timing else ""
+    return f"{same} while {saved}{time}."
+
+
 def kind_rows(run: Run, policy: str) -> list[dict[str, str]]:
     """The cells of :data:`KIND_COLUMNS`, kind by kind."""
     dense = run.policies[DENSE].get("by_kind") or {}
