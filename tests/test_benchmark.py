@@ -9,12 +9,15 @@ import csv
 import json
 import shlex
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from dyvte.cli.main import main
 from dyvte.integrations.benchmark import benchmarks
+from dyvte.integrations.lmms_record import TaskRecord, joined
 from dyvte.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -190,6 +193,26 @@ def test_bad_plans(tmp_path, capsys, changed, fault):
     with pytest.raises(SystemExit) as stopped:
         benchmark(tmp_path / "results", capsys, **changed)
     assert stopped.value.code == 2 and fault in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
+def test_records_of_ranks_become_one(monkeypatch):
+    mine = TaskRecord(samples=3, exits=Counter({2: 2, 5: 1}), places=90, dense_places=300, seconds=[1.0, 2.0, 9.0])
+    mine.compare(["a", "b", "c"], ["1", "2", "3"], ["1", "2", "4"])
+    other = TaskRecord(samples=1, exits=Counter({5: 1}), places=50, dense_places=100, seconds=[3.0])
+    other.compare(["d"], ["x"], ["y"])
+
+    def gather(into, tasks):
+        into[:] = [tasks, {"t": other, "u": TaskRecord(samples=7)}]
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    whole = joined({"t": mine})
+    assert whole["u"]["samples"] == 7 and whole["u"]["mean_exit_layer"] is whole["u"]["agreement"] is None
+    task = whole["t"]
+    assert task["samples"] == 4 and task["mean_exit_layer"] == 14 / 4 and task["exit_layers"] == {"2": 2, "5": 2}
+    assert task["visual_layers_removed"] == 1 - 140 / 400 and task["prefill_seconds"] == 2.5
+    assert task["agreement"] == 0.5 and [change["doc_id"] for change in task["changed"]] == ["c", "d"]
 
 
 def test_the_shipped_plan_names_heads_that_the_recipes_train():
