@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import warnings
 import subprocess
 import sys
 from pathlib import Path
@@ -27,8 +28,8 @@ def mllm():
     return model, AutoProcessor.from_pretrained(MLLM)
 
 
-def readme_code(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def code_of(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
 def test_the_mllm_is_a_real_one(mllm):
@@ -53,7 +54,7 @@ def test_its_report_passes_the_bar():
 def test_the_use_shown_in_the_readme(mllm, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     names: dict = {}
-    exec(readme_code("python")[0], names)
+    exec(code_of("README.md")[0], names)
     assert capsys.readouterr().out.split() == ["5", "green", "2"]  # as the picture shows
     layers = [prompt.layers.tolist() for prompt in names["handle"].record]
     assert layers == [[1], [2], [7]]
@@ -66,6 +67,34 @@ def test_the_use_shown_in_the_readme(mllm, monkeypatch, capsys):
     with torch.no_grad(), dyvte.visual_exit(model, dyvte.load(HEADS)) as exits:
         model(**encode(processor, [sample]))
     assert exits.layers.tolist() == layers[-1]
+
+
+def test_the_use_shown_in_the_documents(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    exits, reductions = code_of("docs/usage.md")
+    with torch.no_grad():
+        exec(exits, names)
+        answers = names["output"][:, names["inputs"]["input_ids"].shape[1] :]
+        said = names["processor"].batch_decode(answers, skip_special_tokens=True)
+        assert sum(a.strip() == sample.answers[0] for a, sample in zip(said, names["samples"])) >= 44
+        assert names["exits"].layers.shape == (48,) and len(set(names["exits"].layers.tolist())) > 2
+        exec(reductions, names)
+    handle, visual = names["handle"], names["model"].config.image_seq_length
+    assert handle.counts[:, 0].tolist() == [visual] * 2 + [visual // 2] * 4 + [0] * 4
+    assert handle.kept(2).sum() == (names["inputs"]["attention_mask"].sum() - 48 * visual // 2)
+
+
+def test_the_tour_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # matplotlib has no window to show
+        for cell in json.loads((ROOT / "docs/tour.ipynb").read_text())["cells"]:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), names)
+    assert names["agreement"].shape == (len(names["samples"]), 10) and names["agreement"][:, -1].eq(1).all()
+    assert names["saved"] > 0.3
 
 
 def test_the_heads_know_where_they_come_from(mllm):
