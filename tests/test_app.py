@@ -129,8 +129,8 @@ def test_what_a_model_says_is_text():
     assert (
         "With exits: changed" in shown
         and "left after layer 2 of 32" in shown
-        and "50 ms" in shown
-        and "1.20 s" in shown
+        and "50\xa0ms" in shown
+        and "1.20\xa0s" in shown
         and "no plain grid" in shown
     )
 
