@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from dyvte.evaluation.costs import pass_flops
+from dyvte.evaluation.costs import kv_width, pass_flops
 from dyvte.heads import ExitHeads, ExitHeadsConfig
-from dyvte.training.cost import ADAM, Shape
+from dyvte.training.cost import ADAM
+from dyvte.training.shape import Shape
 
 PAGE = Path(__file__).parents[1] / "docs/costs.md"
 GPU, PEAK, BANDWIDTH, MEMORY = "H100 (80 GB, SXM)", 989e12, 3.35e12, 80e9  # bf16 without sparsity; bytes a second
@@ -54,7 +55,7 @@ class Model:
         count = round(c.num_hidden_layers * layer + 2 * c.hidden_size * c.vocab_size + self.tower)
         exits = tuple(range(1, c.num_hidden_layers))
         layers = c.num_hidden_layers
-        return Shape(layers, c.hidden_size, c.intermediate_size, c.vocab_size, exits, count, 2 * count, 2)
+        return Shape(layers, c.hidden_size, c.intermediate_size, c.vocab_size, exits, count, 2 * count, 2, kv_width(c))
 
     @property
     def tokens(self) -> int:
@@ -80,18 +81,10 @@ class Model:
 
     @property
     def memory(self) -> float:
-        """Bytes on each GPU."""
-        shape = self.shape
-        whole = self.ranks > 1
-        inside = shape.pass_bytes(self.batch, TEXT + ANSWER, self.tokens, ANSWER, whole)
-        gathered = shape.weight_bytes / shape.layers if whole else 0
-        return shape.weight_bytes / self.ranks + gathered + max(inside, 0 if whole else self.cache)
-
-    @property
-    def cache(self) -> int:
-        """Bytes of the keys and values of a batch that is answered."""
-        c = self.decoder
-        return self.batch * self.tokens * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim * 2
+        """Bytes on each GPU; ranks that share the weights take the answers of the data."""
+        shard = "none" if self.ranks == 1 else "zero3"
+        lengths = TEXT + ANSWER, self.tokens, ANSWER
+        return self.shape.device_bytes(self.batch, *lengths, shard, self.ranks, self.ranks == 1)
 
     @property
     def original(self) -> float:
@@ -221,6 +214,7 @@ SAMPLE += ["GPU time", "on the disk", "memory of a GPU"]
 def page() -> str:
     dense = SMALL.forward / (BUSY * PEAK)
     steps = ANSWER * SMALL.shape.weight_bytes / (STREAMED * BANDWIDTH) / SMALL.batch
+    cache = SMALL.shape.cache_bytes(SMALL.batch, SMALL.tokens)
     gather = LARGE.shape.weight_bytes * (LARGE.ranks - 1) / LARGE.ranks
     sharded = LARGE.batch * LARGE.seconds("dataset")
     ratio = (MEDIUM.shape.layers - 1) * MEDIUM.original / MEDIUM.seconds("dataset")
@@ -251,8 +245,9 @@ your model, data and number of GPUs.
 - **On the disk**: a text state of 2 d numbers for each layer and a mean visual token of d, 2 bytes a number, and 8
   bytes of labels a layer. 7B: 2 · (32 · 2 · 4,096 + 4,096) + 8 · 32 + 4.
 - **Memory**: the weights, and the widest of: the rows of one layer with all branches beside them, the logits, the cache
-  of the batch that is answered (7B: {size(SMALL.cache)}). 72B has {size(LARGE.shape.weight_bytes)} of weights: over
-  {LARGE.ranks} GPUs, or in 4 bits ({size(LARGE.shape.parameters / 2)}) on one.
+  of the batch that is answered with its prompts in one layer (7B: a cache of {size(cache)}). 72B has
+  {size(LARGE.shape.weight_bytes)} of weights: over {LARGE.ranks} GPUs, or in 4 bits
+  ({size(LARGE.shape.parameters / 2)}) on one.
 
 ## A run
 

@@ -92,7 +92,7 @@ def measure(folder: Path) -> dict[str, Any]:
     """Loads and fits in this process."""
     torch.set_num_threads(1)
     watch = Watch()
-    fit_heads(warm(), SETTINGS, progress=False)  # what libraries take when they are first used
+    warm()
     before = watch.look()
     watch.peak = {}
     traces = load_traces(folder)
@@ -111,10 +111,11 @@ def measure(folder: Path) -> dict[str, Any]:
     }
 
 
-def warm() -> Any:
+def warm() -> None:
+    """Takes what libraries take when they are first used."""
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), 2 * SETTINGS.batch_size)
-        return load_traces(folder)
+        fit_heads(load_traces(folder), SETTINGS, progress=False)
 
 
 def measured(count: int) -> dict[str, Any]:

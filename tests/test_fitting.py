@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ from dyvte.training.calibrate import (
     samples_needed,
 )
 from dyvte.training.fit import FitSettings, exit_labels, features_of, fit_heads, logits_of, probability_of, quality
+from dyvte.training.mapped import MappedRows
 from dyvte.training.store import TraceSet
-from dyvte.training.units import MappedRows
 
 SIZE = 12
 
@@ -223,7 +224,8 @@ def test_states_are_read_a_part_at_a_time():
         order = torch.randperm(len(values), generator=torch.Generator().manual_seed(1))
         place = order.argsort()
         parts = [part.flatten(1).numpy() for part in values[order].split(7)]
-        return Spied(parts, place // 7, place % 7, values.shape[1:])
+        units = SimpleNamespace(types={"x": parts[0].dtype}, rows=lambda name, unit, rows: parts[unit][rows])
+        return Spied(units, "x", (place // 7).int(), (place % 7).to(torch.uint8), values.shape[1:])
 
     found = []
     for on_disk in (False, True):

@@ -25,9 +25,10 @@ from dyvte.heads import ExitHeads
 from dyvte.identity import model_fingerprint, processor_fingerprint
 from dyvte.methods.learned import LearnedExit
 from dyvte.training.calibrate import calibrate, exits_at
+from dyvte.training.content import Content
 from dyvte.training.fit import FitSettings, fit_heads, probability_of, quality
 from dyvte.training.held_out import check_held_out
-from dyvte.training.store import Content, load_traces
+from dyvte.training.store import load_traces
 from dyvte.training.write import write_traces
 
 

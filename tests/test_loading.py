@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from types import SimpleNamespace
 
 import peft
@@ -18,13 +19,14 @@ from dyvte.data import encode
 from dyvte.identity import model_fingerprint
 from dyvte.loading import load_mllm, sharing
 from dyvte.ranks import Ranks
-from dyvte.training.cost import Shape, plan
+from dyvte.training.cost import plan
 from dyvte.training.recipes import trace_data
+from dyvte.training.shape import Shape
 from dyvte.training.store import load_traces
 from dyvte.training.write import write_traces
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-LLAVA_7B = Shape(32, 4096, 11008, 32064, tuple(range(1, 32)), 7_063_427_072, 14_126_854_144, 2)
+LLAVA_7B = Shape(32, 4096, 11008, 32064, tuple(range(1, 32)), 7_063_427_072, 14_126_854_144, 2, 8192)
 
 
 def config(mllm, **more):  # noqa: F811
@@ -135,6 +137,10 @@ def test_costs_at_the_shape_of_llava_7b():
     few = Shape(**vars(LLAVA_7B) | {"exits": (4, 8, 12, 16, 20, 24, 28, 31)})
     assert few.forwards(600, 1176) == pytest.approx(1 + (7 * 16 + 1) / 32 * 600 / 1176)
     assert LLAVA_7B.pass_bytes(16, 173, 749, 128, True) > 8.2e9 > LLAVA_7B.pass_bytes(16, 173, 749, 128, False)
+    lengths = 16, 77, 653, 32
+    (dense, given) = (LLAVA_7B.device_bytes(*lengths, "none", 1, greedy) for greedy in (True, False))
+    assert given - LLAVA_7B.weight_bytes == LLAVA_7B.pass_bytes(*lengths, False)
+    assert dense - LLAVA_7B.weight_bytes > 16 * 653 * 32 * 2 * 4096 * 2 > given - LLAVA_7B.weight_bytes  # the cache
 
 
 def test_a_plan_reads_no_weights(mllm, tmp_path, monkeypatch):  # noqa: F811
@@ -149,6 +155,23 @@ def test_a_plan_reads_no_weights(mllm, tmp_path, monkeypatch):  # noqa: F811
     assert f"{parameters / 1e9:.3g} B parameters, {layers} layers of width {size}" in told
     assert told.count("50 samples in 2 units, batches of 4") == 2 and f"disk     {bytes_each} B a sample" in told
     assert "42 traces to learn from, 8 that train nothing" in told and "36 visual tokens" in told
+
+
+def test_a_plan_tells_of_other_code_bases_what_their_files_do(mllm, tmp_path):  # noqa: F811
+    scenes = {"scenes": {"split": "train", "n": 50, "seed": 1}}
+    keys = {"data": scenes, "output": "out", "loader": "some.package:load", "alpha": None, "exits": 2}
+    told = plan(TrainConfig(model=str(mllm[2]), **keys))
+    weights = (mllm[2] / "model.safetensors").stat().st_size
+    assert f"4 layers of width 16, {weights / 1000:.3g} kB of weights, a copy on each of 1 ranks" in told
+    assert "1 + 1 w/n dense forwards" in told and "50 samples in 2 units" in told and "to learn from" in told
+    for key, decoder in (("llm_cfg", "llm/config.json"), ("llm_config", "config.json")):  # VILA's, InternVL's
+        (tmp_path / key / "llm").mkdir(parents=True)
+        (tmp_path / key / "config.json").write_text(json.dumps({"model_type": "other", key: None}))
+        text = json.loads((mllm[2] / "config.json").read_text())["text_config"]
+        (tmp_path / key / decoder).write_text(json.dumps(text if "llm/" in decoder else {key: text}))
+        assert "4 layers of width 16, a copy" in plan(TrainConfig(model=str(tmp_path / key), **keys))
+    unknown = plan(TrainConfig(model=str(tmp_path), **keys))
+    assert "config.json" in unknown and "50 samples in 2 units" in unknown
 
 
 def test_tracking(mllm, tmp_path):  # noqa: F811

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import runpy
+from pathlib import Path
+
 import pytest
 from test_traces_on_disk import files, mllm  # noqa: F401 (a fixture)
 
@@ -9,6 +13,8 @@ from dyvte.config import FitConfig, FitSettings, OnlineSettings, TraceConfig, Tr
 from dyvte.heads import ExitHeads
 from dyvte.ranks import Ranks
 from dyvte.training import recipes
+
+ROOT = Path(__file__).parents[1]
 
 FIT = FitSettings(epochs=4, batch_size=16)
 
@@ -87,3 +93,22 @@ def test_samples_of_training_are_refused_before_anything_is_trained(mllm, here):
     with pytest.raises(ValueError, match="41 of the 41 samples to calibrate on are those the heads were trained on"):
         recipes.train(config(mllm, here, held_out=scenes("train", 41, 1)), Ranks())
     assert not (here / "heads").exists() and not (here / "work/fit").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "keys", "fault"),
+    [
+        ("trace", "model=m data=nowhere.yaml output=out", "there is no data config nowhere.yaml"),
+        ("fit", "traces=nowhere output=out alpha=null", "nowhere holds no traces: make some with `dyvte trace`"),
+        ("train", "model=m data=nowhere.yaml output=out alpha=null", "there is no data config nowhere.yaml"),
+        ("train", "model=m data={scenes: {split: dev, n: 4}} output=out alpha=null shard=zero9", "shard must be"),
+    ],
+)
+def test_scripts_end_with_fault_and_remedy(script, keys, fault, tmp_path, monkeypatch, capsys):
+    """As the program does: exit code 2 and no traceback."""
+    monkeypatch.chdir(tmp_path)
+    arguments = re.split(r" (?=\w+=)", keys)
+    monkeypatch.setattr("sys.argv", [script, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / f"train/{script}.py"), run_name="__main__")
+    assert stopped.value.code == 2 and f"error: {fault}" in capsys.readouterr().err

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 import dyvte
-from dyvte.data import encode, load_samples
+from dyvte.data import Sample, encode, load_samples
 
 ROOT = Path(__file__).parents[1]
 MLLM, HEADS = ROOT / "checkpoints/reference-mllm", ROOT / "checkpoints/reference-heads"
@@ -49,19 +50,22 @@ def test_its_report_passes_the_bar():
     assert min(report["by_kind"].values()) >= 0.85
 
 
-def test_the_use_shown_in_the_readme(monkeypatch):
+def test_the_use_shown_in_the_readme(mllm, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     names: dict = {}
-    with torch.no_grad():
-        exec(readme_code("python")[0], names)
-        dense = names["model"].generate(**names["inputs"], max_new_tokens=16)
-    output, layers, samples = names["output"], names["exits"].layers, names["samples"]
-    width = min(dense.shape[1], output.shape[1])
-    assert (dense[:, :width] == output[:, :width]).all(1).float().mean() >= 0.9
-    assert layers.shape == (48,) and len(set(layers.tolist())) > 2 and layers.float().mean() < 7
-    answers = output[:, names["inputs"]["input_ids"].shape[1] :]
-    right = names["processor"].batch_decode(answers, skip_special_tokens=True)
-    assert sum(said.strip() == sample.answers[0] for said, sample in zip(right, samples)) >= 44
+    exec(readme_code("python")[0], names)
+    assert capsys.readouterr().out.split() == ["5", "green", "2"]  # as the picture shows
+    layers = [prompt.layers.tolist() for prompt in names["handle"].record]
+    assert layers == [[1], [2], [7]]
+    ask, text = names["image"], ("what is 2 plus 3 ?", "which colour is at row 1 column 1 ?", "how many 9 are there ?")
+    chats = [[{"role": "user", "content": [ask, {"type": "text", "text": one}]}] for one in text]
+    names["answer"](text=chats, batch_size=2, max_new_tokens=16)
+    assert [prompt.layers.tolist() for prompt in names["handle"].record[3:]] == [[1, 2], [7]]
+    model, processor = mllm
+    sample = Sample("one", [Image.open("docs/figures/scene.png")], names["question"], ["2"], [], "count")
+    with torch.no_grad(), dyvte.visual_exit(model, dyvte.load(HEADS)) as exits:
+        model(**encode(processor, [sample]))
+    assert exits.layers.tolist() == layers[-1]
 
 
 def test_the_heads_know_where_they_come_from(mllm):

@@ -18,6 +18,7 @@ from dyvte.yaml_files import parse_yaml, read_yaml
 
 Config = TypeVar("Config")
 
+HELP = {"-h", "--help"}
 PAIR = re.compile(r"(?P<path>[A-Za-z_][\w+@-]*(\.[\w+@-]+)*)=(?P<text>.*)", re.DOTALL)
 
 
@@ -47,7 +48,7 @@ def read_arguments(
         positional: the key that the first argument sets, for a program that reads no YAML file.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if {"-h", "--help"} & set(arguments):
+    if HELP & set(arguments):
         parser_of(config_class, prog, examples, positional or "").print_help()
         sys.exit(0)
     try:
@@ -79,7 +80,7 @@ def parse_arguments(
 def named_keys(arguments: Sequence[str]) -> set[str]:
     """The keys that a command line sets, those of its YAML file included; faults are left to :func:`read_arguments`."""
     try:
-        first, pairs = _split(arguments, {})
+        first, pairs = _split([argument for argument in arguments if argument not in HELP], {})
         config = read_yaml(first) if first is not None else {}
     except ValueError:
         return set()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from dyvte.cli.arguments import read_arguments
+from dyvte.cli.arguments import named_keys, read_arguments
 from dyvte.cli.fit import promise_of
 from dyvte.config import CalibrateConfig, MethodConfig
 
@@ -19,7 +19,7 @@ EXAMPLES = (
 
 def main(arguments: Sequence[str]) -> None:
     options = {"prog": "dyvte calibrate", "examples": EXAMPLES}
-    if any(argument.lstrip("-").partition("=")[0] == "method" for argument in arguments):
+    if "method" in named_keys(arguments):
         run_method(read_arguments(MethodConfig, arguments, **options))
     else:
         run(read_arguments(CalibrateConfig, arguments, **options))

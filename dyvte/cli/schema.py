@@ -59,7 +59,8 @@ def _words(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if get_origin(hint) is list:
-        return f"a list of {'whole numbers' if get_args(hint)[0] is int else 'texts'}"
+        items = {int: "whole numbers", float: "numbers"}
+        return f"a list of {items.get(get_args(hint)[0], 'texts')}"
     if get_origin(hint) is dict or is_dataclass(hint):
         return "a mapping"
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}

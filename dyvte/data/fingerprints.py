@@ -59,6 +59,11 @@ def sample_digest(sample: Sample, images: Sequence[str] | None = None) -> str:
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
+def first_bits(digest: str) -> int:
+    """The first 64 bits of a hexadecimal digest, signed: enough to tell millions of samples apart."""
+    return int.from_bytes(bytes.fromhex(digest[:16]), "little", signed=True)
+
+
 class DatasetDigest:
     """SHA-256 of samples and their answers in order, built up sample by sample."""
 

@@ -15,9 +15,8 @@ def layer_flops(config: PreTrainedConfig, tokens: int) -> int:
     """One decoder layer (attention with grouped queries, gated MLP) over ``tokens`` tokens of one sample."""
     size, inner = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or size // heads
-    projections = 2 * size * heads * head_dim + 2 * size * kv_heads * head_dim
+    head_dim = _head_dim(config)
+    projections = 2 * size * heads * head_dim + size * kv_width(config)
     attention = 2 * tokens * heads * head_dim
     return 2 * tokens * (projections + attention + 3 * size * inner)
 
@@ -40,9 +39,17 @@ def attention_flops(config: PreTrainedConfig, tokens: int) -> int:
         config: of the decoder.
         tokens: that the layer works on.
     """
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * head_dim * heads * tokens
+    return 2 * _head_dim(config) * config.num_attention_heads * tokens
+
+
+def kv_width(config: PreTrainedConfig) -> int:
+    """Numbers that a layer keeps of a token in the cache: its key and its value."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * heads * _head_dim(config)
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def prefill_flops(config: PreTrainedConfig, text: int, visual: int, exit_layer: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dyvte.data import Sample, sample_digest
+from dyvte.data import Sample, first_bits, sample_digest
 from dyvte.methods.exits import FixedExit
 from dyvte.runtime import Reduction, reduce_tokens
 
@@ -24,11 +24,11 @@ class PerSampleExit:
 
     Attributes:
         layers: exit layer, 1 ... L, by sample id.
-        by_content: samples are known by :func:`dyvte.data.sample_digest` instead, so that the layers of other samples
-            under the same ids are refused.
+        by_content: samples are known by :func:`dyvte.data.first_bits` of their :func:`dyvte.data.sample_digest`
+            instead, so that the layers of other samples under the same ids are refused.
     """
 
-    layers: Mapping[str, int]
+    layers: Mapping[Any, int]
     by_content: bool = False
 
     def of(self, samples: Sequence[Sample]) -> FixedExit:
@@ -37,7 +37,7 @@ class PerSampleExit:
         Raises:
             ValueError: no layer is known for some of the samples.
         """
-        names = [sample_digest(sample) if self.by_content else sample.id for sample in samples]
+        names = [first_bits(sample_digest(sample)) if self.by_content else sample.id for sample in samples]
         missing = [sample.id for sample, name in zip(samples, names) if name not in self.layers]
         if missing:
             what = "image and question" if self.by_content else "id"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dyvte.data import GREEDY, Sample, encode
-from dyvte.evaluation.costs import attention_flops, pass_flops
+from dyvte.evaluation.costs import attention_flops, kv_width, pass_flops
 from dyvte.evaluation.metrics import AnswerMetric
 from dyvte.evaluation.policies import Policy, VisualMask, applied
 from dyvte.provenance import weights_fingerprint
@@ -139,7 +139,4 @@ class Subject:
 
     def kv_bytes(self, text: int, places: int) -> int:
         """Keys and values at the end of prefill: the text in all layers, and the layers' visual tokens in sum."""
-        heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
-        size = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        tokens = self.num_layers * text + places
-        return 2 * tokens * heads * size * self.model.dtype.itemsize
+        return (self.num_layers * text + places) * kv_width(self.config) * self.model.dtype.itemsize

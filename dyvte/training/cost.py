@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,84 +16,12 @@ from dyvte.data import encode, load_samples, read_config
 from dyvte.heads import ExitHeads, ExitHeadsConfig
 from dyvte.loading import load_empty
 from dyvte.ranks import Ranks
-from dyvte.runtime.decoder import DecoderSpec, visual_tokens
+from dyvte.runtime.decoder import visual_tokens
+from dyvte.training.shape import SHARED, Shape
 from dyvte.training.store import load_traces
-from dyvte.training.trace import traced_exits
-from dyvte.training.trace_pass import LOGITS_AT_ONCE
 
 LOOKED_AT = 8  # prompts that are encoded, to know how long they are
 ADAM = 16  # bytes for each trained parameter: itself, its gradient and two moments, in float32
-BITS = {"load_in_4bit": 4, "load_in_8bit": 8}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model, as far as costs depend on it.
-
-    Attributes:
-        layers, size, inner, vocabulary: of the decoder.
-        exits: the exit layers that are traced.
-        parameters: of the whole model.
-        weight_bytes: of a whole copy.
-        item_bytes: of one number in a state.
-    """
-
-    layers: int
-    size: int
-    inner: int
-    vocabulary: int
-    exits: tuple[int, ...]
-    parameters: int
-    weight_bytes: int
-    item_bytes: int
-
-    @classmethod
-    def of(cls, config: ModelConfig, exits: int | Sequence[int] | None) -> Shape:
-        model = load_empty(config)
-        spec = DecoderSpec.of(model)
-        weights = list(model.parameters())
-        item = next(weight.element_size() for weight in weights if weight.is_floating_point())
-        bits = next((bits for name, bits in BITS.items() if (config.quantization or {}).get(name)), 8 * item)
-        decoder = spec.config
-        count = sum(weight.numel() for weight in weights)
-        return cls(
-            spec.num_layers,
-            decoder.hidden_size,
-            getattr(decoder, "intermediate_size", 4 * decoder.hidden_size),
-            decoder.vocab_size,
-            tuple(traced_exits(exits, spec)),
-            count,
-            count * bits // 8,
-            item,
-        )
-
-    @property
-    def sample_bytes(self) -> int:
-        """What the numbers of one trace take on the disk, see :mod:`dyvte.training.units`."""
-        return 2 * self.layers * 2 * self.size + 2 * self.size + (4 + 2 + 2) * self.layers + 4
-
-    def forwards(self, text: float, tokens: float) -> float:
-        """Passes of the dense model that one trace costs: its own, and the text alone after every exit.
-
-        Args:
-            text: text tokens, those of the answer included.
-            tokens: all tokens.
-        """
-        return 1 + sum(self.layers - e for e in self.exits) / self.layers * text / tokens
-
-    def pass_bytes(self, batch: int, text: float, tokens: float, answer: int, whole_logits: bool) -> int:
-        """The widest moment of a traced batch, beside the weights.
-
-        Args:
-            answer: tokens of the answer.
-            whole_logits: all logits at once, since ranks share the head.
-        """
-        branches = len(self.exits)
-        rows = batch * (tokens + branches * text)
-        layer = rows * (2 * self.size + 3 * self.inner) * self.item_bytes
-        logits = (branches + 1) * batch * answer * self.vocabulary * 4
-        states = batch * self.layers * 2 * self.size * 4
-        return round(max(layer, logits if whole_logits else min(logits, LOGITS_AT_ONCE)) + states)
 
 
 def plan(config: TraceConfig | FitConfig | TrainConfig, world_size: int = 1) -> str:
@@ -112,20 +39,14 @@ def plan(config: TraceConfig | FitConfig | TrainConfig, world_size: int = 1) -> 
     if isinstance(config, TrainConfig):
         held_out = {} if config.held_out is None else {"trace held-out": config.held_out}
         sets = {f"trace {'online' if config.mode == 'online' else 'train'}": config.data} | held_out
-    if config.loader is not None:
-        return "\n".join(_units_line(name, config, len(load_samples(read_config(data)))) for name, data in sets.items())
-    shape = Shape.of(config, config.exits)
-    shared = config.shard in ("zero3", "fsdp2", "tp") and world_size > 1
-    copies = (
-        f"1/{world_size} of it on each of {world_size} ranks" if shared else f"a copy on each of {world_size} ranks"
-    )
-    lines = [
-        f"model: {config.model}: {shape.parameters / 1e9:.3g} B parameters, {shape.layers} layers of width "
-        f"{shape.size}, {_size(shape.weight_bytes)} of weights, {copies}"
-    ]
+    shape = (Shape.of if config.loader is None else Shape.described)(config, config.exits)
+    lines = [_model_line(config, shape, world_size)]
     for name, data in sets.items():
-        lines += _trace_lines(name, config, shape, read_config(data), shared, world_size)
-    if isinstance(config, TrainConfig):
+        if config.loader is None:
+            lines += _trace_lines(name, config, shape, read_config(data), world_size)
+        else:
+            lines += _loader_lines(name, config, shape, len(load_samples(read_config(data))))
+    if isinstance(config, TrainConfig) and shape is not None:
         samples = len(load_samples(read_config(config.data)))
         online = config.online if config.mode == "online" else None
         lines += _fit_lines(config.fit, samples, shape.layers, shape.size, online)
@@ -139,13 +60,38 @@ def told(config: TraceConfig | FitConfig | TrainConfig, ranks: Ranks) -> bool:
     return config.plan
 
 
+def _model_line(config: ModelConfig, shape: Shape | None, world_size: int) -> str:
+    if shape is None:
+        return f"model: {config.model}: neither its config.json nor that of llm says what {config.loader} will load"
+    shared = config.shard in SHARED and world_size > 1
+    copies = f"{f'1/{world_size} of it' if shared else 'a copy'} on each of {world_size} ranks"
+    size = f"{shape.layers} layers of width {shape.size}"
+    if config.loader is None:
+        size = f"{shape.parameters / 1e9:.3g} B parameters, {size}, {_size(shape.weight_bytes)} of weights"
+    elif shape.weight_bytes:
+        size += f", {_size(shape.weight_bytes)} of weights"
+    return f"model: {config.model}: {size}, {copies}"
+
+
+def _loader_lines(name: str, config: Any, shape: Shape | None, samples: int) -> list[str]:
+    """What is known of a model whose prompts only its loader can make."""
+    lines = [_units_line(name, config, samples)]
+    if shape is None:
+        return lines
+    branches = sum(shape.layers - e for e in shape.exits) / shape.layers
+    kept = 0 if "online" in name else samples * shape.sample_bytes
+    cache = f", and {_size(shape.cache_bytes(config.batch_size, 1))} of cache a token of a batch that is answered"
+    return [
+        *lines,
+        f"  prompts  {config.loader} alone knows how many tokens they have",
+        f"  compute  1 + {branches:.3g} w/n dense forwards a sample, where w of n tokens are text and answer",
+        f"  disk     {_size(shape.sample_bytes)} a sample, {_size(kept)} in all",
+        f"  memory   the weights and a layer's rows{cache if config.answers == 'dense' else ''}",
+    ]
+
+
 def _trace_lines(
-    name: str,
-    config: ModelConfig | TraceSettings,
-    shape: Shape,
-    data: Mapping[str, Any],
-    shared: bool,
-    world_size: int,
+    name: str, config: ModelConfig | TraceSettings, shape: Shape, data: Mapping[str, Any], world_size: int
 ) -> list[str]:
     samples = load_samples(data)
     answer = config.max_new_tokens or data.get("max_new_tokens", 16)
@@ -153,15 +99,16 @@ def _trace_lines(
     text, tokens = prompt_text + answer, prompt_text + visual + answer
     each = shape.forwards(text, tokens)
     kept = 0 if "online" in name else len(samples) * shape.sample_bytes
-    memory = shape.weight_bytes // (world_size if shared else 1)
-    memory += shape.pass_bytes(config.batch_size, text, tokens, answer, config.shard in ("zero3", "tp"))
-    answers = f", and {len(samples)} greedy answers" if config.answers == "dense" else ""
+    greedy = config.answers == "dense"
+    memory = shape.device_bytes(config.batch_size, text, tokens, answer, config.shard, world_size, greedy)
+    answers = f", and {len(samples)} greedy answers" if greedy else ""
+    cache = f", {_size(shape.cache_bytes(config.batch_size, tokens))} of cache included" if greedy else ""
     return [
         _units_line(name, config, len(samples)),
         f"  prompts  {prompt_text:.0f} text and {visual:.0f} visual tokens, answers of up to {answer}",
         f"  compute  {each:.2f} dense forwards a sample, {each * len(samples):,.0f} in all{answers}",
         f"  disk     {_size(shape.sample_bytes)} a sample, {_size(kept)} in all",
-        f"  memory   about {_size(memory)} on each device",
+        f"  memory   about {_size(memory)} on each device{cache}",
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dyvte.training.store import Content, short
+from dyvte.training.content import Content
 
 
 def check_held_out(trained_on: dict[str, torch.Tensor], content: Content, shared_images: bool = False) -> int:
@@ -22,13 +22,13 @@ def check_held_out(trained_on: dict[str, torch.Tensor], content: Content, shared
     Raises:
         ValueError: there are such samples, or such images where they are not allowed.
     """
-    same = len(np.intersect1d(short(content.samples), trained_on["samples"].numpy()))
+    same = len(np.intersect1d(content.samples, trained_on["samples"].numpy()))
     if same:
         raise ValueError(
             f"{same} of the {len(content.samples)} samples to calibrate on are those the heads were trained on, by "
             "image and question, so no promise would follow: trace other samples, with other images"
         )
-    images = short(content.images)
+    images = np.unique(content.images)
     shared = len(np.intersect1d(images, trained_on["images"].numpy()))
     if shared and not shared_images:
         raise ValueError(

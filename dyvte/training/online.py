@@ -20,6 +20,7 @@ from dyvte.ranks import Ranks
 from dyvte.runtime.calls import VisualMask
 from dyvte.runtime.decoder import DecoderSpec
 from dyvte.training.calibrate import calibrate, check_enough
+from dyvte.training.content import Content
 from dyvte.training.epochs import Log, split
 from dyvte.training.fit import heads_config, settings_record
 from dyvte.training.held_out import check_held_out
@@ -31,7 +32,7 @@ from dyvte.training.parallel import Group
 from dyvte.training.plan import Plan
 from dyvte.training.replay import Stream
 from dyvte.training.state import TrainingState
-from dyvte.training.store import Content, load_traces
+from dyvte.training.store import load_traces
 from dyvte.training.tracer import trace_samples
 from dyvte.training.write import Traceable, write_traces
 

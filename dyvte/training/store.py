@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,70 +14,11 @@ import numpy as np
 import torch
 
 from dyvte.data import DatasetDigest
+from dyvte.training.content import Content, Shuffled
 from dyvte.training.identity import FORMAT, PROVENANCE, check_mixable
+from dyvte.training.mapped import MappedRows, MappedTexts, MappedUnits
 from dyvte.training.plan import PLAN
-from dyvte.training.units import (
-    TENSORS,
-    DamagedUnit,
-    Manifest,
-    MappedRows,
-    MappedTexts,
-    column_of,
-    map_unit,
-    read_manifest,
-    verify_unit,
-)
-
-
-@dataclass(frozen=True)
-class Content:
-    """What the samples of traces show, as SHA-256 digests of 32 bytes.
-
-    Attributes:
-        samples: uint8 [n, 32], see :func:`dyvte.data.sample_digest`.
-        images: uint8 [m, 32], see :func:`dyvte.data.image_digest`, of all samples in order.
-        owner: [m], the sample that shows each image.
-    """
-
-    samples: np.ndarray
-    images: np.ndarray
-    owner: np.ndarray
-
-    @classmethod
-    def of(cls, samples: Sequence[str], images: Sequence[Sequence[str]]) -> Content:
-        """From hexadecimal digests, those of the images sample by sample."""
-        owner = np.repeat(np.arange(len(images)), [len(some) for some in images])
-        return cls(_bytes(samples), _bytes([digest for some in images for digest in some]), owner)
-
-    def select(self, index: np.ndarray) -> Content:
-        """Those of some samples, in their order."""
-        start = np.searchsorted(self.owner, index)
-        count = np.searchsorted(self.owner, index, side="right") - start
-        owner = np.repeat(np.arange(len(index)), count)
-        shown = np.repeat(start - np.cumsum(count) + count, count) + np.arange(len(owner))
-        return Content(self.samples[index], self.images[shown], owner)
-
-    def sketch(self) -> dict[str, torch.Tensor]:
-        """What heads remember of the samples they were trained on, see :class:`dyvte.ExitHeads`."""
-        return {"samples": torch.from_numpy(short(self.samples)), "images": torch.from_numpy(short(self.images))}
-
-    @staticmethod
-    def joined(parts: Sequence[Content]) -> Content:
-        starts = np.cumsum([0, *(len(part.samples) for part in parts)])
-        return Content(
-            np.concatenate([part.samples for part in parts]),
-            np.concatenate([part.images for part in parts]),
-            np.concatenate([part.owner + start for part, start in zip(parts, starts)]),
-        )
-
-
-def short(digests: np.ndarray) -> np.ndarray:
-    """The first 64 bits of digests, sorted, each once: enough to tell millions of samples apart."""
-    return np.unique(np.ascontiguousarray(digests[:, :8]).view(np.int64))
-
-
-def _bytes(digests: Sequence[str]) -> np.ndarray:
-    return np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
+from dyvte.training.units import TENSORS, DamagedUnit, Manifest, read_manifest, verify_unit
 
 
 @dataclass
@@ -148,9 +90,8 @@ def load_traces(*folders: str | os.PathLike) -> TraceSet:
     if not folders:
         raise ValueError("no trace folder was named")
     first: dict[str, Any] | None = None
-    data, contents, places, prunings = [], [], [], []
-    units: list[tuple[Path, int]] = []
-    columns: dict[str, list[Any]] = {name: [] for name in (*TENSORS, "answers")}
+    data, prunings, contents, places = [], [], [], []
+    units, digest = MappedUnits(), DatasetDigest()
     for folder in map(Path, folders):
         record = _read_json(folder / PROVENANCE, f"{folder} holds no traces: make some with `dyvte trace`")
         if record.get("format") != FORMAT:
@@ -160,37 +101,44 @@ def load_traces(*folders: str | os.PathLike) -> TraceSet:
         first = first or record
         prunings.append(record.get("pruning"))
         data.append(record["data"])
-        index, place, content = [], [], []
-        for number, manifest in _units(folder, record["samples"]):
-            if not manifest.index:
-                continue
-            index += manifest.index
-            place.append(np.stack([np.full(len(manifest.index), len(units)), np.arange(len(manifest.index))], 1))
-            content.append(Content.of(manifest.digests, manifest.images))
-            units.append((folder, number))
-            table = map_unit(folder, number)
-            for name in TENSORS:
-                columns[name].append(column_of(table, name))
-            columns["answers"].append(table.column("answers").combine_chunks())
-        if not index:
-            raise ValueError(f"every sample of {folder} was skipped, see its manifests: there are no traces")
-        order = np.argsort(index)
-        contents.append(Content.joined(content).select(order))
-        places.append(np.concatenate(place)[order])
-    unit, row = torch.from_numpy(np.concatenate(places)).T.contiguous()
+        content, place = _read_folder(folder, record["samples"], units, digest)
+        contents.append(content)
+        places.append(place)
+    unit, row = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*places))
     layers, size = first["num_layers"], first["hidden_size"]
     shapes = {"state": (layers, 2 * size), "visual": (size,), "dense_nll": ()}
-    mapped = {name: MappedRows(columns[name], unit, row, shapes.get(name, (layers,))) for name in TENSORS}
+    mapped = {name: MappedRows(units, name, unit, row, shapes.get(name, (layers,))) for name in TENSORS}
     agreement = mapped["agreement"][:]
     agreement[:, : first.get("min_layer", 1) - 1] = 0  # exits that the model does not allow count as changed answers
-    content, digest = Content.joined(contents), DatasetDigest()
-    for shown, u, r in zip(content.samples, unit.tolist(), row.tolist()):
-        digest.update(shown.tobytes().hex(), columns["answers"][u][r].as_py())
     return TraceSet(
         **mapped | {"agreement": agreement, "dense_nll": mapped["dense_nll"][:]},
         rows=MappedTexts(units, unit, row),
         provenance=first | {"data": data, "content": digest.hexdigest(), "pruning": _common(prunings)},
-        content=content,
+        content=Content.joined(contents),
+    )
+
+
+def _read_folder(
+    folder: Path, samples: int, units: MappedUnits, digest: DatasetDigest
+) -> tuple[Content, tuple[np.ndarray, np.ndarray]]:
+    """Adds a folder to the units and to the digest; what its samples show, and the unit and row of each, in order."""
+    index, unit, row, parts, shuffled = array("q"), array("i"), array("B"), [], Shuffled()
+    for number, manifest in _units(folder, samples):
+        count = len(manifest.index)
+        if count:
+            index.extend(manifest.index)
+            unit.extend([len(units)] * count)
+            row.extend(range(count))
+            parts.append(Content.of(manifest.digests, manifest.images))
+            shuffled.add(manifest.digests, manifest.answers)
+            units.add(folder, number)
+    if not index:
+        raise ValueError(f"every sample of {folder} was skipped, see its manifests: there are no traces")
+    order = np.argsort(np.frombuffer(index, np.int64))
+    shuffled.update(digest, order)
+    return Content.joined(parts).select(order), (
+        np.frombuffer(unit, np.int32)[order],
+        np.frombuffer(row, np.uint8)[order],
     )
 
 

@@ -12,16 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-import pyarrow
-import torch
 from datasets.arrow_writer import ArrowWriter
 
 from dyvte.provenance import atomic_path, write_json
@@ -133,83 +129,3 @@ def verify_unit(folder: Path, number: int, manifest: Manifest) -> None:
     """
     if manifest.index and sha256_of(data_file(folder, number)) != manifest.sha256:
         raise DamagedUnit(f"{data_file(folder, number)} was changed after it was written: its SHA-256 differs")
-
-
-def map_unit(folder: Path, number: int) -> pyarrow.Table:
-    """The rows of a unit, mapped into memory; the file is closed again, since a process may open few at a time."""
-    with pyarrow.memory_map(str(data_file(folder, number))) as source:
-        return pyarrow.ipc.open_stream(source).read_all()
-
-
-def column_of(table: pyarrow.Table, name: str) -> np.ndarray:
-    """A numeric column [rows, size] in its own type, without a copy."""
-    chunks = [chunk.flatten() if hasattr(chunk, "flatten") else chunk for chunk in table.column(name).chunks]
-    parts = [chunk.to_numpy(zero_copy_only=True) for chunk in chunks]
-    return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(len(table), -1)
-
-
-class MappedRows:
-    """A numeric column of many units: rows are read when asked for, so it takes no memory however many there are.
-
-    Functions of torch take it as the tensor [n, *shape] that it stands for, and read all of it.
-
-    Args:
-        parts: the column in every unit, [rows, size] each.
-        unit, row: long [n] each, where every row is.
-        shape: of a row.
-    """
-
-    def __init__(self, parts: Sequence[np.ndarray], unit: torch.Tensor, row: torch.Tensor, shape: Sequence[int]):
-        self.parts, self.unit, self.row = parts, unit, row
-        self.shape = torch.Size([len(unit), *shape])
-        self.dtype = torch.from_numpy(np.empty(0, parts[0].dtype)).dtype
-
-    def __len__(self) -> int:
-        return len(self.unit)
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        unit, row = self.unit[index], self.row[index]
-        out = np.empty((unit.numel(), self.shape[1:].numel()), self.parts[0].dtype)
-        for place, (u, r) in enumerate(zip(unit.flatten().tolist(), row.flatten().tolist())):
-            out[place] = self.parts[u][r]
-        return torch.from_numpy(out).view(*unit.shape, *self.shape[1:])
-
-    def split(self, size: int) -> Iterator[torch.Tensor]:
-        """The rows in order, ``size`` at a time."""
-        return (self[start : start + size] for start in range(0, len(self), size))
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*(a[:] if isinstance(a, cls) else a for a in args), **kwargs or {})
-
-
-class MappedTexts(Sequence[dict[str, Any]]):
-    """The other columns of many units, a dictionary a sample; units are opened as they are needed.
-
-    Args:
-        units: folder and number of each.
-        unit, row: long [n] each, where every sample is.
-    """
-
-    def __init__(self, units: Sequence[tuple[Path, int]], unit: torch.Tensor, row: torch.Tensor):
-        self.units, self.unit, self.row = units, unit, row
-        self._table = lru_cache(64)(self._open)
-
-    def _open(self, unit: int) -> pyarrow.Table:
-        return map_unit(*self.units[unit]).drop_columns(list(TENSORS))
-
-    def __len__(self) -> int:
-        return len(self.unit)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return MappedTexts(self.units, self.unit[index], self.row[index])
-        return self._table(int(self.unit[index])).slice(int(self.row[index]), 1).to_pylist()[0]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other))
-
-    def column(self, name: str) -> list[Any]:
-        """One column of all samples."""
-        columns = [map_unit(*unit).column(name).to_pylist() for unit in self.units]
-        return [columns[u][r] for u, r in zip(self.unit.tolist(), self.row.tolist())]
