@@ -126,7 +126,13 @@ def test_what_a_model_says_is_text():
     evil = "<script>alert(1)</script>"
     shown = show(Comparison(evil, "$x$ & y", 2, 32, 576, 20, 0.5, 0.05, 1.2, 0.3, None))
     assert "<script" not in shown and "&lt;script&gt;" in shown and "$x$ &amp; y" in shown
-    assert "left after layer 2 of 32" in shown and "50 ms" in shown and "1.20 s" in shown and "no plain grid" in shown
+    assert (
+        "With exits: changed" in shown
+        and "left after layer 2 of 32" in shown
+        and "50\xa0ms" in shown
+        and "1.20\xa0s" in shown
+        and "no plain grid" in shown
+    )
 
 
 @pytest.mark.parametrize(

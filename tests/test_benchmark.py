@@ -147,6 +147,17 @@ def test_other_settings_and_other_questions(folder, capsys):
     assert "answers other questions" in table["damaged"]["reference, risk 0.01, Scenes"]
 
 
+def test_times_that_were_taken_in_turns_count(folder, capsys):
+    def compared(content):
+        content["tasks"]["scenes_a"].update(prefill_seconds=0.3, dense_prefill_seconds=0.4)
+
+    edit_json(folder / "reference/risk-0.01/Scenes/dyvte.json", compared)
+    edit_json(folder / "reference/risk-0.2/Scenes/dyvte.json", lambda content: content["hardware"].update(threads=7))
+    table, _ = benchmark(folder, capsys)
+    ratios = {(row["risk"], row["benchmark"]): row["prefill_ratio"] for row in table["rows"]}
+    assert ratios[0.01, "Scenes"] == pytest.approx(0.75) and ratios[0.2, "Scenes"] is None
+
+
 def test_a_later_run_takes_the_place_of_a_damaged_one(folder, capsys):
     run = folder / "reference/dense/More"
     for pattern in ("*_results.json", "*.jsonl"):
@@ -159,17 +170,20 @@ def test_a_later_run_takes_the_place_of_a_damaged_one(folder, capsys):
 
 def test_commands_of_all_ready_benchmarks(folder, capsys):
     shutil.rmtree(folder)
-    table, printed = benchmark(folder, capsys, benchmarks=None, limit=100, launcher="accelerate launch -m lmms_eval")
+    table, printed = benchmark(
+        folder, capsys, benchmarks=None, limit=100, compare=True, launcher="accelerate -m lmms_eval"
+    )
     commands = [shlex.split(line) for line in (folder / "commands.sh").read_text().splitlines()]
     assert len(commands) == len(table["missing"]) == 16 * 3 and not table["rows"]
     assert "HallusionBench, MMB, MMB-CN, MathVista: an API model reads the answers" in printed
     for words in commands:
-        assert words[:4] == ["accelerate", "launch", "-m", "lmms_eval"] and words[-1] == "--log_samples"
-        options = dict(zip(words[4:-1:2], words[5:-1:2]))
+        assert words[:3] == ["accelerate", "-m", "lmms_eval"] and words[-1] == "--log_samples"
+        options = dict(zip(words[3:-1:2], words[4:-1:2]))
         assert options["--model"] == "dyvte" and options["--limit"] == "100"
         given = dict(pair.split("=") for pair in options["--model_args"].split(","))
         assert Path(given.pop("record")).parent == Path(options["--output_path"])
-        assert given == MODEL | {"risk": given["risk"]} if "risk" in given else "heads" not in given
+        exits = {"risk": given["risk"], "compare": "true"} if "risk" in given else {}
+        assert given == {key: value for key, value in (MODEL | exits).items() if exits or key != "heads"}
     assert {words[words.index("--tasks") + 1] for words in commands} == {b.task for b in benchmarks(None)}
 
 

@@ -121,8 +121,11 @@ def test_skipped_attentions_do_no_work(fold):
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             count = lambda *_, key=(index, name): calls.__setitem__(key, calls.get(key, 0) + 1)  # noqa: E731
             getattr(layer.self_attn, name).register_forward_hook(count)
-    with reduce_tokens(model, EAS(adapters_for(model), fold)):
+    with reduce_tokens(model, EAS(adapters_for(model), fold)) as handle:
         out = generate(model, inputs, return_dict_in_generate=True)
+    tokens = inputs["attention_mask"].sum(1)
+    for layer, cached in enumerate(handle.record[0].cached):
+        assert torch.equal(cached, tokens * (layer not in SKIPPED))
     assert {index for index, _ in calls} == set(range(LAYERS)) - set(SKIPPED)
     assert set(calls.values()) == {STEPS}
     cache = call_cache(out)
@@ -236,3 +239,7 @@ def test_what_does_not_fit_is_refused():
     gemma = FAMILIES["gemma3"].build()
     with pytest.raises(ValueError, match="cannot skip the attention of layer"):
         dyvte.attach(gemma, EAS(adapters_for(gemma, [4], [])))
+    inputs = batch_of(RAGGED[0])
+    labels = torch.where(torch.arange(inputs["input_ids"].shape[1]) == inputs["input_ids"].shape[1] - 1, 5, -100)
+    with pytest.raises(ValueError, match="cannot be traced on top of"):
+        dyvte.trace_batch(model, inputs | {"labels": labels[None]}, pruning=EAS(adapters))

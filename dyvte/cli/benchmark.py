@@ -31,7 +31,7 @@ def run(config: BenchmarkConfig) -> None:
     options = {name: getattr(config, name) for name in names}
     to_run = [run for run in runs if run.name in {*joined["missing"], *joined["damaged"]}]
     folder.mkdir(parents=True, exist_ok=True)
-    commands = "".join(f"{run.command(config.launcher, options)}\n" for run in to_run)
+    commands = "".join(f"{run.command(config.launcher, options, config.compare)}\n" for run in to_run)
     atomic_write(folder / "commands.sh", commands)
     write(folder, runs, joined)
     print(markdown(runs, joined["rows"]))

@@ -135,6 +135,7 @@ class BenchmarkConfig(Checked):
         benchmarks: names of ready benchmarks, or a mapping of others, see dyvte/integrations/benchmarks.yaml; all ready
             ones if not given.
         limit: how many questions of each benchmark; all if not given.
+        compare: answer everything dense beside every risk, too, in turns: times to trust, for twice the work.
         batch_size: what lmms-eval is told; not all of its models take more than 1.
         device: what lmms-eval is told, such as cuda:1; its model's own choice if not given.
         include_path: folder of further tasks of lmms-eval.
@@ -147,6 +148,7 @@ class BenchmarkConfig(Checked):
     risks: list[float] = field(default_factory=lambda: [0.005, 0.01, 0.02])
     benchmarks: list[str] | dict[str, Any] | None = None
     limit: Count | None = None
+    compare: bool = False
     batch_size: Count = 1
     device: str | None = None
     include_path: str | None = None

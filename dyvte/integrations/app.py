@@ -27,7 +27,7 @@ IMAGE = {"sources": ["upload", "clipboard"], "height": 280, "buttons": [], "show
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("dyvte.integrations", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
-TEMPLATES.filters["duration"] = lambda s: f"{s:.2f} s" if s >= 1 else f"{1000 * s:.0f} ms"
+TEMPLATES.filters["duration"] = lambda s: f"{s:.2f}\xa0s" if s >= 1 else f"{1000 * s:.0f}\xa0ms"
 INTRODUCTION = "# When does the image stop mattering?\nAsk about a picture. dyvte answers twice: dense, and with exits."
 SCENES = " The reference model knows nothing but drawings of coloured digits such as those below."
 
@@ -89,7 +89,7 @@ def build(asked: SideBySide, samples: Sequence[Sample], config: AppConfig) -> gr
             with gr.Column():
                 image = gr.Image(samples[0].images[0], **IMAGE)
                 question = gr.Textbox(samples[0].question, label="Question", max_length=LONGEST, elem_id="question")
-                label = "Answers that may change, in per cent"
+                label = "Answers that may change (%)"
                 risk = gr.Slider(least, max(10, 2 * least), 100 * config.risk, step=0.1, label=label)
                 button = gr.Button("Ask", variant="primary", elem_id="ask")
             with gr.Column():
@@ -109,7 +109,7 @@ def serve(asked: SideBySide, samples: Sequence[Sample], config: AppConfig, block
         server_name=config.host,
         server_port=config.port,
         share=False,
-        max_file_size=config.megabytes * 1_000_000,
+        max_file_size=config.megabytes * 1024**2,
         theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         css=(Path(__file__).parent / "app.css").read_text(),
         footer_links=[],

@@ -67,14 +67,17 @@ class Run:
     def name(self) -> str:
         return f"{self.model}, {self.setting}, {self.benchmark.name}"
 
-    def command(self, launcher: str, options: Mapping[str, Any]) -> str:
+    def command(self, launcher: str, options: Mapping[str, Any], compare: bool = False) -> str:
         """The shell's command line.
 
         Args:
             launcher: what starts lmms-eval.
             options: its further options; those that are None are left out.
+            compare: with exits, answer dense, too, in turns.
         """
         given = self.arguments | {"record": self.folder / RECORD}
+        if compare and self.risk is not None:
+            given["compare"] = "true"
         words = {
             "model": "dyvte",
             "model_args": ",".join(f"{name}={value}" for name, value in given.items()),

@@ -11,7 +11,13 @@ from typing import Any
 from dyvte.integrations.benchmark import RECORD, Run
 
 AGAIN = "run its command again"
-RECORDED = ("mean_exit_layer", "visual_layers_removed", "flops_removed", "prefill_seconds")
+RECORDED = (
+    "mean_exit_layer",
+    "visual_layers_removed",
+    "flops_removed",
+    "prefill_seconds",
+    "dense_prefill_seconds",
+)
 
 
 class MissingError(ValueError):

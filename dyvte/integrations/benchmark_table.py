@@ -56,8 +56,10 @@ def _row(run: Run, result: Result, dense: Result | None) -> dict[str, Any]:
         same = sum(answer == dense.answers[document] for document, answer in result.answers.items())
         row["agreement"] = same / len(result.answers)
         row["score_kept"] = result.score / dense.score if dense.score else None
-        if dense.hardware == result.hardware:
-            row["prefill_ratio"] = result.recorded["prefill_seconds"] / dense.recorded["prefill_seconds"]
+        seconds = result.recorded["dense_prefill_seconds"]  # in turns, if they were compared in one run
+        if seconds is None and dense.hardware == result.hardware:
+            seconds = dense.recorded["prefill_seconds"]
+        row["prefill_ratio"] = result.recorded["prefill_seconds"] / seconds if seconds else None
     return {key: row[key] for key in FIELDS}
 
 

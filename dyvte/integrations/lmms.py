@@ -75,15 +75,15 @@ class Exits(lmms):
         return [answers[place] for place in range(len(requests))]
 
     def _answer(self, requests: list[Instance], record: TaskRecord) -> list[Any]:
-        dense = self._run(requests, None, record.dense_seconds) if self._compare else []
+        dense = self._run(requests, None, record, record.dense_seconds) if self._compare else []
         record.samples += len(requests)
-        answers = self._run(requests, self._policy, record.seconds, record)
+        answers = self._run(requests, self._policy, record, record.seconds)
         texts = [[unwrap_generation_output(answer)[0] for answer in run] for run in (dense, answers)]
         if self._compare:
             record.compare([request.doc_id for request in requests], *texts)
         return answers
 
-    def _run(self, requests: list[Instance], policy: Any, seconds: list[float], record: TaskRecord | None = None):
+    def _run(self, requests: list[Instance], policy: Any, record: TaskRecord, seconds: list[float]) -> list[Any]:
         fresh = [copy.copy(request) for request in requests]
         for request in fresh:  # models of lmms-eval change the generation arguments they are given
             request.arguments = tuple(copy.deepcopy(a) if isinstance(a, dict) else a for a in request.args)

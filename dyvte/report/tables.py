@@ -15,7 +15,7 @@ COLUMNS = [
     ("exit", "mean exit"),
     ("visual", "visual layers removed"),
     ("flops", "FLOPs removed"),
-    ("cache", "KV cache removed, sample by sample"),
+    ("cache", "KV cache removed"),
     ("prefill", "prefill time"),
     ("decoder", "its decoder part"),
     ("decode", "decode time"),
