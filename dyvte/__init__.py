@@ -9,7 +9,7 @@ from dyvte.version import __version__
 
 if TYPE_CHECKING:
     from dyvte.heads import ExitHeads, ExitHeadsConfig
-    from dyvte.methods import ExitPolicy, FastV, FixedExit, LearnedExit, NeverExit, RandomExit, RandomPruning
+    from dyvte.methods import EAS, ExitPolicy, FastV, FixedExit, LearnedExit, NeverExit, RandomExit, RandomPruning
     from dyvte.methods.promised import load
     from dyvte.promise import Promise
     from dyvte.runtime import (
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "dyvte.heads": ("ExitHeads", "ExitHeadsConfig"),
     "dyvte.methods": (
+        "EAS",
         "ExitPolicy",
         "FastV",
         "FixedExit",
@@ -60,6 +61,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "EAS",
     "ExitHeads",
     "ExitHeadsConfig",
     "ExitPolicy",
@@ -95,6 +97,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"dyvte.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module("dyvte.heads")  # lets the Auto classes of transformers know exit heads
     value = getattr(importlib.import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel
 import dyvte
 from dyvte import ExitHeads, ExitHeadsConfig
 
+FILES = {"README.md", "config.json", "model.safetensors", "modeling_exit_heads.py", "custom_generate/generate.py"}
 LAYERS, SIZE = 5, 16
 
 
@@ -40,7 +41,7 @@ def test_saved_and_loaded(form, tmp_path, caplog):
         form, base_model="some/model", base_revision="abc", threshold=0.8, calibration=promise_record(0.8)
     )
     heads.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")} == FILES
     with caplog.at_level("WARNING", "dyvte"):
         loaded = ExitHeads.from_pretrained(tmp_path)
     assert not caplog.records
@@ -203,12 +204,12 @@ def test_a_push_uploads_what_is_saved(monkeypatch):
             return type("Repo", (), {"repo_id": f"me/{repo_id}"})
 
         def upload_folder(self, repo_id, folder_path, **more):
-            files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+            files = {str(path.relative_to(folder_path)): path.read_bytes() for path in Path(folder_path).rglob("*.*")}
             sent.update(files=files, repo_id=repo_id, **more)
             return "commit"
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     assert some_heads(base_model="some/model").push_to_hub("heads", commit_message="first") == "commit"
     assert sent["repo_id"] == "me/heads" and sent["commit_message"] == "first"
-    assert set(sent["files"]) == {"README.md", "config.json", "model.safetensors"}
+    assert set(sent["files"]) == FILES
     assert b"base_model: some/model" in sent["files"]["README.md"]

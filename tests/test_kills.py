@@ -75,7 +75,9 @@ def test_twenty_kills_cost_not_a_bit(tmp_path, monkeypatch):
             groups.results(size, tmp_path / f"run-{runs}", partial(command, traces, held_out, folder))
             assert files(folder) == files(tmp_path / f"whole-{size}")
     written = (tmp_path / "log").read_text().split()
-    assert len(written) == len(set(written)) == 4 * sum(last + 1 for last in finished.values())
+    expected = 4 * sum(last + 1 for last in finished.values())
+    assert len(written) == len(set(written))  # nothing twice
+    assert expected - kills <= len(written) <= expected  # killed between the state and the note of it
 
 
 def test_heads_are_replaced_as_a_whole(tmp_path):

@@ -5,8 +5,10 @@ import io
 import json
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
+from browser import check_quiet, chromium, needs_browser
 from PIL import Image
 from promises import promise_record
 
@@ -91,18 +93,27 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
+def decoded(source):
+    return base64.b64decode(source.partition("base64,")[2])
+
+
 def test_one_page_holds_everything_and_needs_no_other_file(tmp_path):
     run = write_run(tmp_path / "run", POLICIES)
     Promise.from_dict(promise_record()).write(run)
     path = report(run)
     page = Page(path)
     assert path == run / "report" / "report.html" and not page.links
-    names = {p.stem for p in (run / "report").glob("*.png")}
-    assert names == {"score", "changed", "exit-layers", "risk", "reliability", "examples"}
-    for source in page.images:
-        picture = Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))
-        assert picture.size[0] >= 20
-    assert len(page.images) == 5 + 12
+    names = {p.stem for p in (run / "report").glob("*.svg")}
+    tradeoffs = {"score-time", "score-flops", "changed-time", "changed-flops"}
+    assert names == {*tradeoffs, "exit-layers", "risk", "reliability"} and (run / "report" / "examples.png").exists()
+    drawings = [decoded(source) for source in page.images if source.startswith("data:image/svg+xml")]
+    pictures = [decoded(source) for source in page.images if source.startswith("data:image/png")]
+    assert len(drawings) == 7 and len(pictures) == 12 and len(page.images) == 19
+    for drawing in drawings:
+        texts = {text.text for text in ElementTree.fromstring(drawing).iter("{http://www.w3.org/2000/svg}text")}
+        assert len(texts) > 3 and b"prefers-color-scheme: dark" in drawing  # text that can be read, in the dark too
+    for picture in pictures:
+        assert Image.open(io.BytesIO(picture)).size[0] >= 20
     text = " ".join(" ".join(page.text).split())
     for expected in (
         *POLICIES,
@@ -113,10 +124,24 @@ def test_one_page_holds_everything_and_needs_no_other_file(tmp_path):
         "What & <why> 0?",
         "8 of 12",
         "± ",
+        "Answers stay the same in 100.0 % of 12 questions while 50 % of the layers' work on visual tokens is left out, "
+        "and the first token takes 0.50 times as long.",
         "Per kind, learned@0.9",
     ):
         assert expected in text
     assert "<why>" not in re.sub(r"&lt;why&gt;", "", path.read_text())
+    marked = re.findall(r'<tr class="main">\s*<th scope="row">(.*?)</th>', path.read_text())
+    assert marked == ["learned@0.9"]
+
+
+def test_what_a_dataset_says_is_text_everywhere(tmp_path, monkeypatch):
+    evil = "<script>alert('$1$')</script>"
+    monkeypatch.setitem(globals(), "KINDS", (evil, "$x_y$"))
+    path = report(write_run(tmp_path / "run", POLICIES))
+    assert "<script" not in path.read_text() and "&lt;script&gt;" in path.read_text()
+    drawing = (path.parent / "exit-layers.svg").read_text()
+    texts = [text.text for text in ElementTree.fromstring(drawing).iter("{http://www.w3.org/2000/svg}text")]
+    assert "<script" not in drawing and evil in texts and "$x y$" in texts
 
 
 def test_runs_without_times_scores_or_exits(tmp_path):
@@ -126,7 +151,8 @@ def test_runs_without_times_scores_or_exits(tmp_path):
     path = report(tmp_path, output=tmp_path / "out")
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert path == tmp_path / "out" / "report.html"
-    assert {"a-score.png", "a-changed.png", "deep-c-exit-layers.png", "exit-layers-by-task.png"} <= names
+    expected = {"a-score-flops.svg", "a-changed-flops.svg", "deep-c-exit-layers.svg", "exit-layers-by-task.svg"}
+    assert expected <= names and "a-score-time.svg" not in names
     assert not any(name.startswith("b-") for name in names)  # there is nothing but the dense model
     report(tmp_path, output=tmp_path / "out")  # again, over the old one
 
@@ -166,3 +192,18 @@ def test_bad_input_says_what_to_do(tmp_path):
     (run / "promise.json").write_text("{}")
     with pytest.raises(ValueError, match="promise.json: the promise has missing fields .*calibrate again"):
         report(run)
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "dark"), [(880, False), (390, False), (390, True)])
+def test_in_a_browser(tmp_path, width, dark):
+    run = write_run(tmp_path / "a-run-of-a-task-with-a-rather-long-name", POLICIES)
+    Promise.from_dict(promise_record()).write(run)
+    with chromium(width, dark) as driver:
+        driver.get(report(run).as_uri())
+        figures = driver.find_elements("css selector", "figure img")
+        scales = [figure.size["width"] / figure.get_property("naturalWidth") for figure in figures]
+        assert len(figures) == 7 and min(12 * scale for scale in scales) > 10  # pixels of text of nine points
+        channels = re.findall(r"\d+", driver.find_element("tag name", "body").value_of_css_property("background-color"))
+        assert (sum(map(int, channels[:3])) < 150) == dark
+        check_quiet(driver)

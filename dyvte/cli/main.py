@@ -11,7 +11,20 @@ from dyvte.cli.faults import faults
 from dyvte.version import __version__
 
 # Each is a module of this package whose `main` reads its part of the command line and runs.
-COMMANDS = ("demo", "trace", "fit", "train", "calibrate", "evaluate", "inspect", "report", "convert")
+COMMANDS = (
+    "demo",
+    "trace",
+    "fit",
+    "train",
+    "calibrate",
+    "evaluate",
+    "benchmark",
+    "inspect",
+    "report",
+    "app",
+    "serve",
+    "convert",
+)
 
 OVERVIEW = """\
 usage: dyvte COMMAND [CONFIG.yaml] [key=value ...]

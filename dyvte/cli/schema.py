@@ -59,7 +59,8 @@ def _words(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if get_origin(hint) is list:
-        return f"a list of {'whole numbers' if get_args(hint)[0] is int else 'texts'}"
+        items = {int: "whole numbers", float: "numbers"}
+        return f"a list of {items.get(get_args(hint)[0], 'texts')}"
     if get_origin(hint) is dict or is_dataclass(hint):
         return "a mapping"
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
@@ -78,8 +79,11 @@ def parser_of(config_class: type, prog: str, examples: Sequence[str] = (), posit
         formatter_class=partial(_Help, width=WIDTH, max_help_position=26),
         exit_on_error=False,
     )
+    known: set[str] = set()
     for owner in [c for c in config_class.__mro__ if is_dataclass(c)]:
-        own = [f for f in fields(owner) if f.name in owner.__dict__.get("__annotations__", {})]
+        names = owner.__dict__.get("__annotations__", {}).keys() - known  # a class may say more of a key of its base
+        own = [f for f in fields(owner) if f.name in names]
+        known |= names
         if own:
             title = "Keys of this command" if owner is config_class else _about(owner).splitlines()[0].rstrip(".")
             _add(parser.add_argument_group(title), owner, own, "")

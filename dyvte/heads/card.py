@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dyvte.heads.config import ExitHeadsConfig
 from dyvte.promise import Promise
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
+
+TEMPLATE = Path(__file__).parent / "files" / "card.md"
+TAGS = ["dyvte", "visual-token-exit", "custom_generate"]
 
 
 def model_card(config: ExitHeadsConfig, parameters: int, together: Promise | None = None) -> str:
@@ -16,45 +23,79 @@ def model_card(config: ExitHeadsConfig, parameters: int, together: Promise | Non
         parameters: how many the heads have.
         together: the promise of the heads on top of a pruning, which they do not keep alone.
     """
+    from huggingface_hub import ModelCard
+
     promise = config.promise if together is None else together
     base = config.base_model or "an unrecorded base model"
-    lines = [
-        "---",
-        "library_name: dyvte",
-        "tags: [dyvte, visual-token-exit]",
-        *([f"base_model: {config.base_model}"] if config.base_model else []),
-        "---",
-        f"# Exit heads for {base}",
-        "",
-        f"{parameters:,} parameters that read the text state after each of the {config.num_layers} decoder layers and "
-        "decide, per sample, when the visual tokens can leave. The base model stays as it is.",
-        "",
-        "```python",
-        "import dyvte",
-        "",
-        'with dyvte.reduce_tokens(model, dyvte.load("path/to/this/checkpoint")) as exits:',
-        "    output = model.generate(**inputs)",
-        "exits.layers  # the exit layer of each sample",
-        "```",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| base model | {base} (revision {config.base_revision or 'not recorded'}) |",
-        f"| weights | {(config.identity or {}).get('weights', 'not recorded')} |",
-        f"| form | {config.form}, width {config.width} |",
-        f"| text state | {config.text_state} |",
-        f"| lookahead | {config.lookahead} |",
-        f"| label rule | {config.label_rule} |",
-        f"| threshold | {config.threshold:.6g} |",
-        f"| guard | {'none' if config.guard is None else f'{config.guard:g} of usual samples pass'} |",
-        f"| dyvte | {config.dyvte_version} |",
+    facts = {
+        "base model": f"{base} (revision {config.base_revision or 'not recorded'})",
+        "weights": (config.identity or {}).get("weights", "not recorded"),
+        "form": f"{config.form}, width {config.width}",
+        "text state": config.text_state,
+        "lookahead": config.lookahead,
+        "label rule": config.label_rule,
+        "threshold": config.threshold,
+        "guard": "none" if config.guard is None else f"{config.guard:g} of usual samples pass",
+        "dyvte": config.dyvte_version,
+    }
+    training = {k: v for k, v in (config.training or {}).items() if isinstance(v, (str, int, float))}
+    card = ModelCard.from_template(
+        card_metadata(config, promise),
+        template_path=str(TEMPLATE),
+        base=base,
+        layers=config.num_layers,
+        parameters=f"{parameters:,}",
+        facts="\n".join(_table(facts)),
+        promise=None if promise is None else "\n".join(promise_rows(promise)),
+        training="\n".join(_table(training)) if training else None,
+    )
+    return card.content.rstrip() + "\n"
+
+
+def card_metadata(config: ExitHeadsConfig, promise: Promise | None) -> ModelCardData:
+    """What the hub reads of a card: licence, base model, tags, and as its ``model-index`` what was measured."""
+    from huggingface_hub import ModelCardData
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    base = config.base_model
+    try:
+        validate_repo_id(base)
+    except HFValidationError:  # a folder, or not recorded
+        base = None
+    return ModelCardData(
+        library_name="dyvte",
+        license=config.license or "unknown",
+        base_model=base,
+        base_model_relation=None if base is None else "adapter",
+        tags=TAGS,
+        model_name=f"exit heads for {Path(config.base_model or 'an unrecorded base model').name}",
+        eval_results=None if promise is None else _measured(promise),
+    )
+
+
+def _measured(promise: Promise) -> list[EvalResult]:
+    """A promise's figures on the samples of its calibration."""
+    from huggingface_hub import EvalResult
+
+    configs = [promise.data] if isinstance(promise.data, Mapping) else promise.data or []
+    names = [str(one.get("path", next((key for key in one if key != "fingerprint"), "?"))) for one in configs]
+    confidence = f"{100 * (1 - promise.delta):g} % confidence"
+    metrics = {
+        "agreement": ("answers that are the dense model's", 1 - promise.risk),
+        "changed_answers_bound": (f"upper bound of changed answers, {confidence}", promise.bound),
+        "left_out": ("visual-token layers left out", promise.saved),
+    }
+    return [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=names[0] if names else "unknown",
+            dataset_name=f"{promise.samples} held-out samples of {' and '.join(names) or 'unrecorded data'}",
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(value, 6),
+        )
+        for kind, (name, value) in metrics.items()
     ]
-    if promise is not None:
-        lines += ["", "## The promise", "", *promise_rows(promise)]
-    shown = {k: v for k, v in (config.training or {}).items() if isinstance(v, (str, int, float))}
-    if shown:
-        lines += ["", "## Training", "", *_table(shown)]
-    return "\n".join(lines) + "\n"
 
 
 def promise_rows(promise: Promise) -> list[str]:

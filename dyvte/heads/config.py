@@ -18,6 +18,9 @@ TEXT_STATE = "mean of the text tokens after the last visual token but the last; 
 # What one version of transformers or another adds to a config that it loads.
 HANDED_ON = ("attn_implementation", "experts_implementation", "auto_map", "name_or_path", "torch_dtype")
 
+# Where transformers finds these classes in a repository of heads as long as dyvte is not imported.
+AUTO_MAP = {"AutoConfig": "modeling_exit_heads.ExitHeadsConfig", "AutoModel": "modeling_exit_heads.ExitHeads"}
+
 
 class ExitHeadsConfig(PreTrainedConfig):
     """What a reader of a checkpoint of heads must know.
@@ -28,6 +31,7 @@ class ExitHeadsConfig(PreTrainedConfig):
         form: "shared" (:class:`dyvte.heads.shared.SharedHead`) or "original", the published one
             (:class:`dyvte.heads.published.PublishedHead`).
         width: inner width; 128 for "shared", 2048 in the original.
+        license: licence of the heads, by the hub's name for it such as apache-2.0, for their card; None: not stated.
         base_model, base_revision: the model the heads were trained for, by hub id or path, and its revision.
         identity: what was traced: ``weights`` (:func:`dyvte.identity.model_fingerprint`), ``processor``, ``dtype`` and
             ``attention``; None where it was not recorded.
@@ -54,6 +58,7 @@ class ExitHeadsConfig(PreTrainedConfig):
     hidden_size: int = 1
     form: str = "shared"
     width: int = 128
+    license: str | None = None
     base_model: str | None = None
     base_revision: str | None = None
     identity: dict[str, str] | None = None
@@ -76,10 +81,14 @@ class ExitHeadsConfig(PreTrainedConfig):
         unknown = sorted(key for key in values if key not in known and not key.startswith("_"))
         if unknown:
             logger.warning("ignoring unknown keys in the config of exit heads: %s", ", ".join(unknown))
-        super().__init__(**{key: value for key, value in values.items() if key not in unknown})
+        super().__init__(**{key: value for key, value in values.items() if key not in unknown} | {"auto_map": AUTO_MAP})
         self._check()
         if self.dyvte_version is None:
             self.dyvte_version = __version__
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: a checkpoint names the classes of this package, and no source is copied into it."""
 
     @property
     def decided(self) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,8 +39,13 @@ def _without_zero3() -> Iterator[None]:
             deepspeed.set_hf_deepspeed_config(alive)
 
 
+CODE = Path(__file__).parent / "files"  # what a repository of heads holds beside them, so that it works in one line
+CODE_FILES = ("modeling_exit_heads.py", "custom_generate/generate.py")
+
+
 def _of_heads(name: str) -> bool:
-    return name in ("config.json", "README.md", FILE) or fnmatch(name, "model*.safetensors*")
+    known = ("config.json", "README.md", FILE, *(Path(file).parts[0] for file in CODE_FILES))
+    return name in known or fnmatch(name, "model*.safetensors*")
 
 
 class ExitHeads(PreTrainedModel):
@@ -195,7 +201,8 @@ class ExitHeads(PreTrainedModel):
         return (heads, info) if wants_info else heads
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Writes config.json, model.safetensors, what is remembered of training, and a model card, README.md.
+        """Writes config.json, model.safetensors, what is remembered of training, a model card, README.md, and the code
+        by which transformers finds the heads (``auto_map``) and generates with them (``custom_generate``).
 
         All of them take the place of those of other heads in one step; whatever else is in the folder stays.
         """
@@ -206,6 +213,13 @@ class ExitHeads(PreTrainedModel):
             write_samples(fresh, self.trained_on)
             card = model_card(self.config, sum(p.numel() for p in self.parameters()))
             atomic_write(fresh / "README.md", card)
+            for file in CODE_FILES:
+                (fresh / file).parent.mkdir(exist_ok=True)
+                shutil.copyfile(CODE / file, fresh / file)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: a checkpoint names the classes of this package, and no source is copied into it."""
 
     def push_to_hub(
         self,

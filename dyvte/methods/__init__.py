@@ -3,6 +3,8 @@
 from dyvte.methods.aki import AKI
 from dyvte.methods.divprune import DivPrune
 from dyvte.methods.downsample import Downsample
+from dyvte.methods.eas_adapters import EASAdapters
+from dyvte.methods.eas_edit import EAS
 from dyvte.methods.exits import ExitPolicy, FixedExit, NeverExit, RandomExit
 from dyvte.methods.fastv import FastV
 from dyvte.methods.folder import Folder
@@ -24,6 +26,8 @@ __all__ = [
     "AKI",
     "DivPrune",
     "Downsample",
+    "EAS",
+    "EASAdapters",
     "ExitPolicy",
     "FastV",
     "FirstNeurons",

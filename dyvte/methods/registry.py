@@ -9,6 +9,7 @@ from typing import Any
 from dyvte.methods.aki import AKI
 from dyvte.methods.divprune import DivPrune
 from dyvte.methods.downsample import Downsample
+from dyvte.methods.eas_edit import EAS
 from dyvte.methods.exits import FixedExit, NeverExit, RandomExit
 from dyvte.methods.fastv import FastV
 from dyvte.methods.folder import Folder
@@ -46,6 +47,7 @@ METHODS: Mapping[str, type[Reduction]] = MappingProxyType(
         "layer_cut": LayerCut,
         "skip_computations": SkipComputations,
         "aki": AKI,
+        "eas": EAS,
     }
 )
 

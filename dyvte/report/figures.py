@@ -20,7 +20,7 @@ def plot_exit_layers(bars: Mapping[str, Sequence[int]]) -> Figure:
     means = {kind: sum((i + 1) * share for i, share in enumerate(s)) for kind, s in shares.items()}
     order = sorted(shares, key=lambda kind: means[kind])
     layers = len(next(iter(shares.values())))
-    figure = Figure(figsize=(5.6, 0.9 + 0.36 * len(order)), layout="constrained")
+    figure = Figure(figsize=(4.2, 0.9 + 0.36 * len(order)), layout="constrained")
     figure.get_layout_engine().set(hspace=0, h_pad=0.01)
     axes = figure.subplots(len(order), 1, sharex=True, squeeze=False)[:, 0]
     top = max(max(s) for s in shares.values())
@@ -45,7 +45,7 @@ def plot_exit_layers(bars: Mapping[str, Sequence[int]]) -> Figure:
 def plot_risk(promise: Promise) -> Figure:
     """Risk with its bound, and the share of visual-token layers saved, from setting to setting."""
     curve = promise.curve
-    figure = Figure(figsize=(5.6, 4.2), layout="constrained")
+    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     place, label = _axis_of(curve)
     marker = "o" if len(curve) <= 20 else None
@@ -78,7 +78,7 @@ def _axis_of(curve: Curve) -> tuple[Sequence[float], str]:
     """Where the settings stand on an axis, and its name: by the value of the one number that varies, or in order."""
     names, values = list(curve.varied), list(curve.varied.values())
     if names == ["learned.threshold"]:
-        return values[0], "threshold: probability of agreement that must be exceeded to exit"
+        return values[0], "threshold: agreement must be more probable to exit"
     if len(names) == 1 and all(isinstance(value, (int, float)) for value in values[0]):
         return values[0], names[0].replace(".", ": ")
     return range(1, len(curve) + 1), "setting, from the safest to the boldest"

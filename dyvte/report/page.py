@@ -23,8 +23,9 @@ from dyvte.report.examples import example_cards, plot_examples
 from dyvte.report.figures import plot_exit_layers, plot_reliability, plot_risk
 from dyvte.report.runs import DENSE, Run, find_runs
 from dyvte.report.style import STYLE
-from dyvte.report.tables import COLUMNS, KIND_COLUMNS, facts, kind_rows, table_row
+from dyvte.report.tables import COLUMNS, KIND_COLUMNS, facts, headline, kind_rows, table_row
 from dyvte.report.tradeoff import plot_tradeoff
+from dyvte.report.vector import to_svg
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("dyvte.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -37,25 +38,36 @@ class Section:
 
     Attributes:
         run: the run.
-        policy: the policy whose exits, kinds and examples are shown.
+        policy: the main policy, whose exits, kinds and examples are shown.
+        headline: what it does, in a sentence.
         facts: name and value of what the run was made with.
         table: a row for each policy.
         kinds: a row for each kind of question, under ``policy``.
-        figures: image address, caption and width in rem.
+        figures: see :class:`Drawing`.
         examples: see :func:`dyvte.report.examples.example_cards`, with the image's address.
     """
 
     run: Run
     policy: str | None
+    headline: str | None
     facts: list[tuple[str, str]]
     table: list[dict[str, str]]
     kinds: list[dict[str, str]]
-    figures: list[tuple[str, str, float]]
+    figures: list[Drawing]
     examples: list[dict[str, Any]]
 
 
+@dataclass
+class Drawing:
+    """A figure on the page: the image's address, its caption and its width in rem."""
+
+    image: str
+    caption: str
+    width: float
+
+
 def report(directory: str | os.PathLike, output: str | os.PathLike | None = None) -> Path:
-    """Writes ``report.html``, which needs no other file, and its figures as PNGs.
+    """Writes ``report.html``, which needs no other file, and its figures as SVGs.
 
     Args:
         directory: a run's folder, or one with runs in it.
@@ -86,37 +98,40 @@ def _slug(name: str) -> str:
 
 
 def _embed(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    kind = "svg+xml" if path.suffix == ".svg" else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def _overview(runs: list[Run], output: Path) -> list[tuple[str, str]]:
+def _draw(figure: Figure, caption: str, path: Path) -> Drawing:
+    atomic_write(path, to_svg(figure))
+    return Drawing(_embed(path), caption, figure.get_figwidth() * 6.2)
+
+
+def _overview(runs: list[Run], output: Path) -> list[Drawing]:
     """Exit layers of all runs in one figure, as far as their models are of one depth."""
     bars = {run.name: run.policies[run.main_policy()]["exit_layers"] for run in runs if run.main_policy()}
     same_depth = {name: counts for name, counts in bars.items() if len(counts) == runs[0].layers}
     if not same_depth:
         return []
-    path = output / "exit-layers-by-task.png"
-    plot_exit_layers(same_depth).savefig(path)
-    return [(_embed(path), "Exit layers per task: after how many layers visual tokens left.")]
+    caption = "Exit layers per task: after how many layers visual tokens left."
+    return [_draw(plot_exit_layers(same_depth), caption, output / "exit-layers-by-task.svg")]
 
 
 def _section(run: Run, output: Path, prefix: str) -> Section:
     policy = run.main_policy()
-    figures = []
-    for name, figure, caption in list(_figures(run, policy)):  # all of them, or a fault before any is written
-        path = output / f"{prefix}{name}.png"
-        figure.savefig(path)
-        figures.append((_embed(path), caption, figure.get_figwidth() * 6.2))
+    figures = list(_figures(run, policy))  # all of them, or a fault before any is written
+    drawings = [_draw(figure, caption, output / f"{prefix}{name}.svg") for name, figure, caption in figures]
     cards = example_cards(run, policy) if policy is not None else []
     if cards:
         plot_examples(cards, run.layers).savefig(output / f"{prefix}examples.png")
     return Section(
         run=run,
         policy=policy,
+        headline=headline(run.policies[policy]) if policy is not None else None,
         facts=facts(run),
         table=[table_row(name, values) for name, values in run.policies.items()],
         kinds=kind_rows(run, policy) if policy is not None else [],
-        figures=figures,
+        figures=drawings,
         examples=[card | {"image": _embed(card["picture"])} for card in cards],
     )
 
@@ -124,17 +139,17 @@ def _section(run: Run, output: Path, prefix: str) -> Section:
 def _figures(run: Run, policy: str | None) -> Iterator[tuple[str, Figure, str]]:
     """Name, figure and caption of what there is to show of a run."""
     settings = run.summary["settings"]
-    costs = "Cost: FLOPs of the decoder over the prompt"
+    costs = {"flops": "FLOPs of the decoder over the prompt"}
     if run.timed:
-        costs = "Left: measured prefill time (vision tower included, median, each policy in turn with the dense model, "
-        costs += f"batch of {settings['batch_size']}). Right: FLOPs of the decoder over the prompt"
-    notes = f"{costs}. Bars: standard error; grey steps: the best at each cost, but for the oracle."
-    if len(run.policies) > 1:
+        measured = "measured prefill time (vision tower included, median, each policy in turn with the dense model, "
+        costs = {"time": f"{measured}batch of {settings['batch_size']})"} | costs
+    for cost, meaning in costs.items() if len(run.policies) > 1 else ():
+        notes = f"Cost: {meaning}. Bars: standard error; grey steps: the best at each cost, but for the oracle."
         if run.policies[DENSE].get("score") is not None:
             metric = settings["metric"].replace("_", " ")
-            yield "score", plot_tradeoff(run, "score", metric), f"Score ({metric}). {notes}"
+            yield f"score-{cost}", plot_tradeoff(run, "score", metric, cost), f"Score ({metric}). {notes}"
         caption = f"Answers that differ from the dense model's; upper left is better. {notes}"
-        yield "changed", plot_tradeoff(run, "changed", "changed answers"), caption
+        yield f"changed-{cost}", plot_tradeoff(run, "changed", "changed answers", cost), caption
     if policy is not None:
         kinds = run.policies[policy].get("by_kind") or {"all": run.policies[policy]}
         bars = {kind: values["exit_layers"] for kind, values in kinds.items()}

@@ -15,7 +15,7 @@ COLUMNS = [
     ("exit", "mean exit"),
     ("visual", "visual layers removed"),
     ("flops", "FLOPs removed"),
-    ("cache", "KV cache removed, sample by sample"),
+    ("cache", "KV cache removed"),
     ("prefill", "prefill time"),
     ("decoder", "its decoder part"),
     ("decode", "decode time"),
@@ -50,6 +50,15 @@ def table_row(name: str, values: Mapping[str, Any]) -> dict[str, str]:
         "decoder": f"× {timing['decoder_ratio']:.2f}" if timing.get("decoder_ratio") else "–",
         "decode": f"× {decode['exit'] / decode[DENSE]:.2f}" if decode and decode[DENSE] > 0 else "–",
     }
+
+
+def headline(values: Mapping[str, Any]) -> str:
+    """What a policy does, in a sentence."""
+    same = f"Answers stay the same in {100 * values['agreement']:.1f} % of {values['n']:,} questions"
+    saved = f"{_percent(values['visual_layers_removed'])} of the layers' work on visual tokens is left out"
+    timing = values.get("timing")
+    time = f", and the first token takes {timing['prefill_ratio']:.2f} times as long" if timing else ""
+    return f"{same} while {saved}{time}."
 
 
 def kind_rows(run: Run, policy: str) -> list[dict[str, str]]:

@@ -9,56 +9,64 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from dyvte.report.runs import DENSE, Run
-from dyvte.report.style import COLOURS, FAINT, INK, MARKERS, PER_CENT, per_cent
+from dyvte.report.style import COLOURS, FAINT, INK, MARKERS, PER_CENT, STEP, per_cent
 
 SETTING = re.compile(r"^(?P<family>.+?)[-=@](?P<setting>[\d.]+%?)$")  # fixed-3, learned@0.9
 
 
-def plot_tradeoff(run: Run, quantity: str, label: str) -> Figure:
-    """``score`` or ``changed`` of every policy against measured prefill time, where there is any, and prefill FLOPs.
+def _flops_left(values: Mapping[str, Any]) -> float:
+    return 1 - values["flops_removed"]
 
-    Upper left is better in both; changed answers are on a logarithmic axis that points down.
+
+def _time_left(values: Mapping[str, Any]) -> float | None:
+    return values["timing"]["prefill_ratio"] if values.get("timing") else None
+
+
+COSTS = {
+    "time": ("measured prefill time, share of dense", _time_left),
+    "flops": ("decoder prefill FLOPs, share of dense", _flops_left),
+}
+
+
+def plot_tradeoff(run: Run, quantity: str, label: str, cost: str) -> Figure:
+    """``score`` or ``changed`` of every policy against a cost, one of :data:`COSTS`.
+
+    Upper left is better in all of them; changed answers are on a logarithmic axis that points down.
     """
-    costs = [("decoder prefill FLOPs, share of dense", _flops_left)]
-    if run.timed:
-        costs.insert(0, ("measured prefill time, share of dense", _time_left))
-    figure = Figure(figsize=(3.5 * len(costs) + 0.2, 3.7), layout="constrained")
-    axes = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+    cost_label, cost_of = COSTS[cost]
+    figure = Figure(figsize=(4.2, 3.9), layout="constrained")
+    axis = figure.subplots()
     floor = 0.5 / run.policies[DENSE]["n"]  # where no changed answer at all is drawn
     families = policy_families([name for name in run.policies if name != DENSE])
-    for axis, (cost_label, cost) in zip(axes, costs):
-        if quantity == "changed":
-            axis.set_yscale("log")
-            axis.axhline(max(0.01, floor), color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-        points = _draw_families(axis, run, families, quantity, cost, floor)
-        if quantity != "changed":
-            dense = run.policies[DENSE][quantity]
-            points.append((1.0, dense))
-            axis.axhline(dense, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-            axis.plot(1, dense, "*", color=INK, markersize=12, markeredgecolor="white", label=DENSE, zorder=4)
-        front = pareto_front(points, lower_is_better=quantity == "changed")
-        if front:
-            axis.step(*zip(*front), where="post", color="#B5B5B5", linewidth=1.4, zorder=2)
-        axis.set_xlabel(cost_label)
-        axis.xaxis.set_major_formatter(PER_CENT)
-        axis.margins(0.06, 0.08)
-    axes[0].yaxis.set_major_formatter(PER_CENT)
     if quantity == "changed":
-        lowest, highest = floor / 1.6, max(1.0, axes[0].get_ylim()[1])
+        axis.set_yscale("log")
+        axis.axhline(max(0.01, floor), color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    points = _draw_families(axis, run, families, quantity, cost_of, floor)
+    if quantity != "changed":
+        dense = run.policies[DENSE][quantity]
+        points.append((1.0, dense))
+        axis.axhline(dense, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        axis.plot(1, dense, "*", color=INK, markersize=12, markeredgecolor="white", label=DENSE, zorder=4)
+    front = pareto_front(points, lower_is_better=quantity == "changed")
+    if front:
+        axis.step(*zip(*front), where="post", color=STEP, linewidth=1.4, zorder=2)
+    axis.set(xlabel=cost_label, ylabel=label)
+    axis.xaxis.set_major_formatter(PER_CENT)
+    axis.xaxis.set_major_locator(MaxNLocator(6))
+    axis.yaxis.set_major_formatter(PER_CENT)
+    axis.margins(0.06, 0.08)
+    if quantity == "changed":
+        lowest, highest = floor / 1.6, max(1.0, axis.get_ylim()[1])
         ticks = [10.0**-k for k in range(5) if 3 * floor < 10.0**-k]
-        axes[0].set_yticks([*ticks, floor], [*(per_cent(tick) for tick in ticks), "none"])
-        axes[0].yaxis.set_minor_locator(NullLocator())
-        axes[0].set_ylim(highest, lowest)
-    axes[0].set_ylabel(label)
-    handles, labels = axes[-1].get_legend_handles_labels()
-    columns = {"ncols": min(max(len(labels), 1), 7), "columnspacing": 1.4, "handletextpad": 0.4}
-    figure.legend(handles, labels, loc="outside lower center", **columns)
+        axis.set_yticks([*ticks, floor], [*(per_cent(tick) for tick in ticks), "none"])
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.set_ylim(highest, lowest)
+    figure.legend(loc="outside lower center", ncols=3, columnspacing=1.4, handletextpad=0.4)
     figure.draw_without_rendering()  # fixes the places that labels have to keep clear of
-    for axis in axes:
-        _label_settings(axis, families)
+    _label_settings(axis, families)
     return figure
 
 
@@ -85,14 +93,6 @@ def _draw_families(
         marks = {"marker": MARKERS[i % len(MARKERS)], "markersize": 6, "markeredgecolor": "white"}
         axis.plot(x, y, linewidth=1.1 if len(known) > 1 else 0, label=family, markeredgewidth=0.6, **marks, **look)
     return points
-
-
-def _flops_left(values: Mapping[str, Any]) -> float:
-    return 1 - values["flops_removed"]
-
-
-def _time_left(values: Mapping[str, Any]) -> float | None:
-    return values["timing"]["prefill_ratio"] if values.get("timing") else None
 
 
 def _value(values: Mapping[str, Any], quantity: str, floor: float) -> tuple[float | None, float, float]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dyvte.runtime.adaptation import without_skipped
+from dyvte.runtime.adapted_layers import Adaptations
 from dyvte.runtime.calls import VisualMask
 from dyvte.runtime.decoder import DecoderSpec
 from dyvte.runtime.edits import Edits, LayerEdit
@@ -105,6 +107,7 @@ class PromptRecord:
         self._layers, self._batch = run.spec.num_layers, run.batch
         self.layers, self._counts = run.decisions.exits, run.counts
         self._visual, self._text = prompt.visual.sum(1), prompt.text.sum(1)
+        self._keyless = [layer for layer, kind in enumerate(run.spec.kinds) if kind.name == "tokenwise"]
         self._width = [max(tokens.width for _, tokens in groups) for groups in run.kept]
 
     @functools.cached_property
@@ -130,7 +133,9 @@ class PromptRecord:
     @functools.cached_property
     def cached(self) -> torch.Tensor:
         """long [L, batch], the tokens of each prompt that every layer's cache holds."""
-        return self.text + self.counts
+        cached = self.text + self.counts
+        cached[self._keyless] = 0
+        return cached
 
     @property
     def width(self) -> torch.Tensor:
@@ -158,17 +163,21 @@ class Handle:
         self.method = as_reduction(method)
         self.spec = DecoderSpec.of(model, decoder)
         method.check(self.spec)
+        self.spec = without_skipped(self.spec, method.parts())
         tower = tower_of(self.spec, method)  # before anything is attached
         self._edits = Edits(self.spec, [part for part in method.parts() if isinstance(part, LayerEdit)])
+        self._adaptations = Adaptations(self.spec, method.parts())
         self._told = threading.local()
         self._engine = Engine(
             self.spec, visual_mask, self._begin, self._finish, method.check_rows, attention_layers(self.spec, method)
         )
         self._vision = tower() if tower is not None else None
         self._edits.attach(self._editing)
+        self._adaptations.attach(self._editing, lambda: self._engine.run.cache.cache)
 
     def detach(self) -> None:
         """The model is as it was. Caches filled meanwhile are not usable without the method."""
+        self._adaptations.remove()
         self._edits.remove()
         self._engine.remove()
         if self._vision is not None:

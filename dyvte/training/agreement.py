@@ -51,6 +51,31 @@ def keeps_answers(
     Returns:
         bool [batch] and float64 [batch], the share of each prompt's visual-token layers that are left out.
     """
+    logits, labels, handle = teacher_forced(model, method, inputs, ids, answer, visual_mask, decoder)
+    suppressed = getattr(model.generation_config, "suppress_tokens", None)
+    if suppressed:
+        logits = logits.index_fill(-1, torch.tensor(suppressed, device=logits.device), -torch.inf)
+    same = ((logits[:, :-1].argmax(-1) == labels) | (labels == -100)).all(1)
+    record = handle.record[-1]
+    places = record.visual.double() * handle.num_layers
+    return same.cpu(), 1 - record.counts.sum(0) / places.clamp(min=1)
+
+
+def teacher_forced(
+    model: nn.Module,
+    method: Reduction,
+    inputs: dict[str, Any],
+    ids: torch.Tensor,
+    answer: torch.Tensor,
+    visual_mask: VisualMask | None = None,
+    decoder: str | nn.Module | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, TeacherForced]:
+    """One pass over prompts and answers, see :func:`keeps_answers`; also for training, with gradients.
+
+    Returns:
+        logits [batch, n, vocabulary], of which all but the last predict the labels [batch, n - 1] (-100 off-answer),
+        and what the method did.
+    """
     given = append_answer(inputs, ids, answer)
     handle = TeacherForced(model, method, given.pop("labels"), visual_mask, decoder)
     fewer = {}
@@ -60,14 +85,7 @@ def keeps_answers(
         logits = handle.spec.model(**given, use_cache=False, **fewer).logits
     finally:
         handle.detach()
-    labels = handle.labels[:, -logits.shape[1] :][:, 1:].to(logits.device)
-    suppressed = getattr(model.generation_config, "suppress_tokens", None)
-    if suppressed:
-        logits = logits.index_fill(-1, torch.tensor(suppressed, device=logits.device), -torch.inf)
-    same = ((logits[:, :-1].argmax(-1) == labels) | (labels == -100)).all(1)
-    record = handle.record[-1]
-    places = record.visual.double() * handle.num_layers
-    return same.cpu(), 1 - record.counts.sum(0) / places.clamp(min=1)
+    return logits, handle.labels[:, -logits.shape[1] :][:, 1:].to(logits.device), handle
 
 
 class TeacherForced(Handle):

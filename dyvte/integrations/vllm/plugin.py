@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import vllm
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import cached_file
 from vllm.config import CompilationConfig, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.engine.arg_utils import EngineArgs
@@ -73,11 +74,9 @@ def install() -> None:
 def refuse(config: VllmConfig) -> None:
     """Raises ``ValueError`` for a configuration under which answers with exits are not known to be right."""
     fields = REFUSED if policy_arguments()["other_weights"] else REFUSED + OTHER_NUMBERS
-    faults = [
-        f"{what} (--{remedy})"
-        for field, what, remedy in fields
-        if attrgetter(field)(config) not in (None, False, 0, 1, "auto")
-    ]
+    found = [(attrgetter(field)(config), what, remedy) for field, what, remedy in fields]
+    # One rank is fine, True is not, and they are equal.
+    faults = [f"{what} (--{remedy})" for on, what, remedy in found if on is True or on not in (None, False, 1, "auto")]
     if not config.model_config.enforce_eager:
         faults.append("CUDA graphs and compilation: layers lose rows while they run (--enforce-eager)")
     if config.use_v2_model_runner:
@@ -99,6 +98,8 @@ def policy_arguments() -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"DYVTE_RISK is a share such as 0.01, DYVTE_OTHER_WEIGHTS 0 or 1: {error}") from error
     try:
+        if cached_file(folder, "config.json") is None:  # not an error to transformers
+            raise OSError("there is no config.json")
         config = ExitHeadsConfig.from_pretrained(folder)
     except OSError as error:
         raise ValueError(f"DYVTE_HEADS={folder} has no exit heads, as `dyvte train` writes them: {error}") from error
