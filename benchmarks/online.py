@@ -4,7 +4,10 @@ Scenes are traced once, into runs/online (a run that was stopped goes on), and e
 offline in epochs, online as ``train_online`` would, round by round from a buffer, with the rows read from the disk
 where they would be traced.
 
+Settings are chosen with ``--choose``: on a fifth of the scenes to train on, which then trains nothing.
+
     python benchmarks/online.py                                     # some minutes on two cores
+    python benchmarks/online.py --choose --updates 4 8 16 --settling 0 16
     python benchmarks/online.py --train 500 --held-out 300 --seeds 1
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -76,14 +80,22 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=3000)
     parser.add_argument("--held-out", type=int, default=1200)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--choose", action="store_true", help="leave the held-out scenes alone; writes no result")
     parser.add_argument("--buffers", type=int, nargs="+", default=[512, 8192], help="traces kept to learn from again")
     parser.add_argument("--updates", type=int, nargs="+", default=[ONLINE.updates], help="steps after each round")
+    parser.add_argument("--settling", type=int, nargs="+", default=[ONLINE.settling], help="passes over what is kept")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    train, held_out = traced("train", "train", given.train, 51), traced("held-out", "dev", given.held_out, 52)
+    train = traced("train", "train", given.train, 51)
+    if given.choose:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(99)).split(len(train) * 4 // 5)
+        train, held_out = train.select(order[0]), train.select(order[1])
+    else:
+        held_out = traced("held-out", "dev", given.held_out, 52)
     ways: dict[str, Way] = {"offline": fit_heads}
-    for buffer, updates in itertools.product(given.buffers, given.updates):
-        ways[f"online, buffer {buffer}, {updates} updates"] = partial(online, buffer=buffer, updates=updates)
+    for buffer, updates, settling in itertools.product(given.buffers, given.updates, given.settling):
+        name = f"online, buffer {buffer}, {updates} updates, settling {settling}"
+        ways[name] = partial(online, buffer=buffer, updates=updates, settling=settling)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for seed in range(given.seeds):
         for name, way in ways.items():
@@ -106,7 +118,10 @@ def main() -> None:
             name: mean["log_loss"] - means["offline"]["log_loss"] for name, mean in means.items() if name != "offline"
         },
     }
-    record("online", result)
+    if given.choose:
+        print(json.dumps(result["mean"], indent=2))
+    else:
+        record("online", result)
 
 
 if __name__ == "__main__":

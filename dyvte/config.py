@@ -136,8 +136,8 @@ class FitSettings(Checked):
 class OnlineSettings(Checked):
     """How heads learn while the model is traced, with no states of training on the disk.
 
-    Each trace is learned from updates * batch_size / round_size times, on average. Rounds should be as large as what
-    all ranks trace at once, or a multiple.
+    Each trace is learned from updates * batch_size / round_size times, on average, and those that are kept at the end
+    settling times more. Rounds should be as large as what all ranks trace at once, or a multiple.
 
     Args:
         buffer: the latest traces that are kept in memory to learn from again, over all ranks.
@@ -145,15 +145,17 @@ class OnlineSettings(Checked):
         updates: steps of each such turn.
         batch_size: traces per step, over all ranks.
         passes: how often the data is traced.
+        settling: how often the traces that are kept at the end are learned from once more.
         save_every: rounds between states to resume from, and between looks at the validation loss.
     """
 
     buffer: Count = 8192
     round_size: Count = 64
-    updates: Count = 16
+    updates: Count = 8
     batch_size: Count = 128
     passes: Count = 1
-    save_every: Count = 8
+    settling: Whole = 16
+    save_every: Count = 4
 
 
 @dataclass(kw_only=True)

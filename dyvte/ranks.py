@@ -2,7 +2,7 @@
 
 Ranks agree with each other through the key-value store that every launcher provides, not through collectives: waiting
 has no time limit that a long calibration on another rank could exceed, works without GPUs, and a rank whose peer has
-failed is told so instead of waiting for ever.
+failed is told so instead of waiting for ever. Steps of training are another matter: :mod:`dyvte.training.parallel`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from dyvte.training.replay import Example, Replay, Stream
 from dyvte.training.store import load_traces
 
 SETTINGS = FitSettings(width=8, validation=0.2, lr=1e-2)
-ONLINE = OnlineSettings(buffer=20, round_size=10, updates=3, batch_size=16, passes=2, save_every=2)
+ONLINE = OnlineSettings(buffer=20, round_size=10, updates=3, batch_size=16, passes=2, settling=5, save_every=2)
 FREE = PromiseSettings(alpha=None)
 SHORT = {"trace": TraceSettings(batch_size=2), "max_new_tokens": 2, "progress": False}
 
@@ -42,7 +42,7 @@ def test_from_a_model_to_heads_with_a_promise(mllm, tmp_path, monkeypatch):  # n
     given = (*mllm[:2], train, held_out, tmp_path, SETTINGS, ONLINE, promise)
     heads = train_online(*given, **SHORT)
     training = heads.config.training
-    assert (training["traces"], training["validation_traces"], training["steps"]) == (32, 8, 24)
+    assert (training["traces"], training["validation_traces"], training["steps"]) == (32, 8, 33)
     assert heads.config.calibration["samples"] == 30 and heads.config.calibration["alpha"] == 0.5
     assert heads.config.identity == {n: load_traces(tmp_path / "held-out").provenance[n] for n in heads.config.identity}
     assert heads.guard.radius.isfinite().all() and len(heads.trained_on["samples"]) == 40
@@ -77,7 +77,7 @@ def test_a_run_that_died_ends_with_the_same_bits_and_ranks_with_the_same_heads(m
     steps, real = [], Learner.step
     monkeypatch.setattr(Learner, "step", lambda *given: steps.append(given[0].steps) or real(*given))
     again = trained(mllm, tmp_path / "work")
-    assert steps == list(range(18, 24))
+    assert steps == list(range(18, 33))
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="another training .settings was"):

@@ -65,19 +65,28 @@ def _short(digests: Sequence[str]) -> np.ndarray:
 
 
 class Shuffled:
-    """Whole digests and answers of samples that come in any order, as few bytes as it takes to put them in order."""
+    """What samples show that come in any order, in as few bytes as it takes to put them in order."""
 
     def __init__(self) -> None:
-        self.digests, self.answers, self.ends = bytearray(), bytearray(), array("q", [0])
+        self.digests, self.images, self.answers = bytearray(), bytearray(), bytearray()
+        self.counts, self.ends = array("i"), array("q", [0])
 
-    def add(self, samples: Iterable[str], answers: Iterable[Sequence[str]]) -> None:
-        """Takes in samples: hexadecimal digests, and accepted answers."""
-        for digest, accepted in zip(samples, answers):
+    def add(self, samples: Iterable[str], images: Iterable[Sequence[str]], answers: Iterable[Sequence[str]]) -> None:
+        """Takes in samples: hexadecimal digests of each and of its images, and accepted answers."""
+        for digest, shown, accepted in zip(samples, images, answers):
             self.digests += bytes.fromhex(digest)
+            self.images += bytes.fromhex("".join(image[:16] for image in shown))
             self.answers += json.dumps(accepted).encode()
+            self.counts.append(len(shown))
             self.ends.append(len(self.answers))
 
-    def update(self, digest: DatasetDigest, order: Iterable[int]) -> None:
+    def content(self, order: np.ndarray) -> Content:
+        """Of all samples, in an order of their places here."""
+        samples = np.frombuffer(self.digests, "<i8").reshape(-1, SHA // 8)[:, 0]
+        owner = np.repeat(np.arange(len(samples), dtype=np.int32), self.counts)
+        return Content(samples, np.frombuffer(self.images, "<i8"), owner).select(order)
+
+    def update(self, digest: DatasetDigest, order: np.ndarray) -> None:
         """Adds all samples to the digest of a data set, in an order of their places here."""
         for place in order:
             shown = self.digests[SHA * place : SHA * (place + 1)]

@@ -102,7 +102,9 @@ def _trace_lines(
     greedy = config.answers == "dense"
     memory = shape.device_bytes(config.batch_size, text, tokens, answer, config.shard, world_size, greedy)
     answers = f", and {len(samples)} greedy answers" if greedy else ""
-    cache = f", {_size(shape.cache_bytes(config.batch_size, tokens))} of cache included" if greedy else ""
+    cache = (
+        f", with a cache of {_size(shape.cache_bytes(config.batch_size, tokens))} while it answers" if greedy else ""
+    )
     return [
         _units_line(name, config, len(samples)),
         f"  prompts  {prompt_text:.0f} text and {visual:.0f} visual tokens, answers of up to {answer}",

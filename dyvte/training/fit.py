@@ -22,7 +22,7 @@ from dyvte.training.epochs import PART, Epochs, Log, split
 from dyvte.training.guard_fit import fit_guard
 from dyvte.training.identity import IDENTITY
 from dyvte.training.labels import check_labels, exit_labels
-from dyvte.training.lock import one_run
+from dyvte.training.lock import one_run, run_name
 from dyvte.training.parallel import Group
 from dyvte.training.state import TrainingState
 from dyvte.training.store import TraceSet
@@ -64,7 +64,7 @@ def fit_heads(
     with ExitStack() as stack:
         state = None
         if work is not None:
-            run = group.run
+            run = run_name(group)
             with group.together():
                 Path(work).mkdir(parents=True, exist_ok=True)
                 stack.enter_context(one_run(Path(work), run))

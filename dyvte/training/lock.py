@@ -13,18 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dyvte.ranks import Ranks
+from dyvte.training.parallel import Group
 
 LOCK = ".lock"
 TRIES, WAIT = 20, 0.05  # seconds
 
 
-def run_name(ranks: Ranks) -> str:
-    """What the ranks of one run have in common, and no other run at the same time."""
-    name = f"process {os.getpid()} on {socket.gethostname()}"
-    if ranks.world_size == 1:
-        return name
-    first = ranks.gather(name)[0]
-    return f"a run of {ranks.world_size} ranks, the first of them {first}"
+def run_name(ranks: Ranks | Group) -> str:
+    """What the ranks of one run have in common, and no other run at the same time; all of them ask together."""
+    names = ranks.gather(f"process {os.getpid()} on {socket.gethostname()}")
+    return names[0] if len(names) == 1 else f"a run of {len(names)} ranks, the first of them {names[0]}"
 
 
 @contextmanager

@@ -21,13 +21,14 @@ class MappedUnits:
     """Where the numbers of units lie in their Arrow files; of each unit no more than that is held."""
 
     def __init__(self) -> None:
-        self.places: list[tuple[Path, int]] = []
+        self.folders: list[Path] = []
+        self.places = array("i"), array("i")  # of each unit its folder and its number
         self.offsets = {name: array("q") for name in TENSORS}
         self.types: dict[str, np.dtype] = {}
         self.sizes: dict[str, int] = {}  # of a row
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.places[0])
 
     def add(self, folder: Path, number: int) -> None:
         """Takes in a unit."""
@@ -40,20 +41,27 @@ class MappedUnits:
                 self.sizes[name] = len(values) // len(column)
                 at = values.buffers()[1].address - start + values.offset * self.types[name].itemsize
                 self.offsets[name].append(at)
-        self.places.append((folder, number))
+        if self.folders[-1:] != [folder]:
+            self.folders.append(folder)
+        for values, value in zip(self.places, (len(self.folders) - 1, number)):
+            values.append(value)
 
     def rows(self, name: str, unit: int, rows: np.ndarray) -> np.ndarray:
         """Some rows of a numeric column: [len(rows), size]."""
         kind, size = self.types[name], self.sizes[name]
         count = (int(rows.max()) + 1) * size
-        with pyarrow.memory_map(str(data_file(*self.places[unit]))) as file:
+        with self._map(unit) as file:
             values = file.read_at(count * kind.itemsize, self.offsets[name][unit])  # a view: only what is used is read
             return np.frombuffer(values, kind, count).reshape(-1, size)[rows]
 
     def texts(self, unit: int) -> pyarrow.Table:
         """The columns of a unit that are no numbers to learn from."""
-        with pyarrow.memory_map(str(data_file(*self.places[unit]))) as file:
+        with self._map(unit) as file:
             return self._read(file).drop_columns(list(TENSORS))
+
+    def _map(self, unit: int) -> pyarrow.MemoryMappedFile:
+        folder, number = (values[unit] for values in self.places)
+        return pyarrow.memory_map(str(data_file(self.folders[folder], number)))
 
     @staticmethod
     def _read(file: pyarrow.MemoryMappedFile) -> pyarrow.Table:

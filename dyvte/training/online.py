@@ -26,7 +26,7 @@ from dyvte.training.fit import heads_config, settings_record
 from dyvte.training.held_out import check_held_out
 from dyvte.training.identity import IDENTITY, trace_record
 from dyvte.training.labels import LEAST
-from dyvte.training.lock import one_run
+from dyvte.training.lock import one_run, run_name
 from dyvte.training.online_rounds import VALIDATION, OnlineRounds
 from dyvte.training.parallel import Group
 from dyvte.training.plan import Plan
@@ -129,7 +129,7 @@ def train_online(
         "online": asdict(online),
     }
     with ExitStack() as stack:
-        run = group.run
+        run = run_name(group)
         with group.together():
             Path(work).mkdir(parents=True, exist_ok=True)
             stack.enter_context(one_run(Path(work), run))

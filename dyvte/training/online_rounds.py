@@ -25,10 +25,12 @@ VALIDATION = 2048  # traces at most
 
 
 class OnlineRounds:
-    """Rounds of tracing and learning, then the guard.
+    """Rounds of tracing and learning, rounds of learning alone from what is kept at the end, then the guard.
+
+    Without the latter, what comes last is hardly learned from, and what came first again and again.
 
     Args:
-        training, validation: what is traced in them, and what afterwards.
+        training, validation: what is traced in them, and before.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class OnlineRounds:
         self.training, self.validation = training, validation
         self.replay, self.unseen = Replay(online.buffer, config), Replay(VALIDATION, config)
         self.best: dict[str, Any] = {"best_round": 0, "validation_log_loss": math.inf}
-        self.steps = len(training) * online.updates
+        kept = min(online.buffer, training.seen(len(training)))
+        self.rounds = len(training) + math.ceil(online.settling * kept / (online.updates * online.batch_size))
+        self.steps = self.rounds * online.updates
         self.learner = make_learner(new_heads(config, settings.seed), settings, self.steps, group)
         self.labels = torch.zeros(2, dtype=torch.long)  # how many there were: all, and those of exits that keep answers
 
     def run(self, state: TrainingState, progress: bool, log: Log | None) -> ExitHeads:
-        saved, rounds = state.load(), len(self.training)
+        saved, rounds = state.load(), self.rounds
         if saved is not None and "training" in saved[0]:
             heads = ExitHeads(self.config).eval()
             heads.load_state_dict(weights_of(saved[1], "heads."))
@@ -91,10 +95,13 @@ class OnlineRounds:
 
     def _first(self, done: int) -> int:
         """The round to begin with, so that the buffer is what it was after so many."""
+        done = min(done, len(self.training))
         oldest = self.training.seen(done) - self.online.buffer
         return next((number for number in range(done) if self.training.seen(number + 1) > oldest), done)
 
     def _trace(self, number: int, again: bool) -> None:
+        if number >= len(self.training):  # all is traced
+            return
         examples = self._examples(self.training, number)
         self.replay.add(examples, self.training.seen(number + 1))
         if not again:

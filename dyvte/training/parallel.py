@@ -1,9 +1,12 @@
-"""Group that train heads together. What ``torch.distributed`` was told is all they know of each other."""
+"""The ranks that train the same heads: gradients and what belongs to them, through the collectives of torch.
+
+:class:`dyvte.ranks.Ranks` is how processes start, share work out and learn of each other's faults, through the store of
+their launcher and with all the time they need. This is for what happens at every step, where all ranks are busy with
+the same; it needs nothing but the default process group, whoever made it.
+"""
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +34,7 @@ class Group:
         """All ranks of the default process group, if there is one.
 
         Args:
-            device: the current GPU if there is one, else the CPU, if not given. Group that share a machine have to
+            device: the current GPU if there is one, else the CPU, if not given. Ranks that share a machine have to
                 choose their GPUs before (``torch.cuda.set_device``).
         """
         if device is None:
@@ -39,12 +42,6 @@ class Group:
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size(), torch.device(device))
         return cls(device=torch.device(device))
-
-    @property
-    def run(self) -> str:
-        """What the ranks of one run have in common, and no other run: see :func:`dyvte.training.lock.one_run`."""
-        first = self.gather(f"process {os.getpid()} on {socket.gethostname()}")[0]
-        return first if self.size == 1 else f"a run of {self.size} ranks, the first of them {first}"
 
     def share(self, count: int) -> range:
         """Which of ``count`` things in a row are this rank's: as many as any other's, give or take one."""

@@ -7,6 +7,7 @@ import os
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -122,21 +123,20 @@ def _read_folder(
     folder: Path, samples: int, units: MappedUnits, digest: DatasetDigest
 ) -> tuple[Content, tuple[np.ndarray, np.ndarray]]:
     """Adds a folder to the units and to the digest; what its samples show, and the unit and row of each, in order."""
-    index, unit, row, parts, shuffled = array("q"), array("i"), array("B"), [], Shuffled()
+    index, unit, row, shuffled = array("q"), array("i"), array("B"), Shuffled()
     for number, manifest in _units(folder, samples):
         count = len(manifest.index)
         if count:
             index.extend(manifest.index)
             unit.extend([len(units)] * count)
             row.extend(range(count))
-            parts.append(Content.of(manifest.digests, manifest.images))
-            shuffled.add(manifest.digests, manifest.answers)
+            shuffled.add(manifest.digests, manifest.images, manifest.answers)
             units.add(folder, number)
     if not index:
         raise ValueError(f"every sample of {folder} was skipped, see its manifests: there are no traces")
     order = np.argsort(np.frombuffer(index, np.int64))
     shuffled.update(digest, order)
-    return Content.joined(parts).select(order), (
+    return shuffled.content(order), (
         np.frombuffer(unit, np.int32)[order],
         np.frombuffer(row, np.uint8)[order],
     )
@@ -163,9 +163,13 @@ def _units(folder: Path, samples: int) -> Iterator[tuple[int, Manifest]]:
         ValueError: some are missing or damaged.
     """
     again = "run `dyvte trace` again, it goes on where it stopped"
-    plan = _read_json(folder / PLAN, f"{folder} has no {PLAN}: {again}")
-    finished, done, damaged = [], 0, []
-    for number, planned in enumerate(plan["units"]):
+    planned_units = _read_json(folder / PLAN, f"{folder} has no {PLAN}: {again}")["units"]
+    ends = np.cumsum([0, *map(len, planned_units)])
+    indices = np.fromiter(chain.from_iterable(planned_units), np.int64, ends[-1])
+    del planned_units  # lists of numbers are many times as large
+    finished, done, damaged = array("i"), 0, []
+    for number in range(len(ends) - 1):
+        planned = indices[ends[number] : ends[number + 1]].tolist()
         try:
             manifest = read_manifest(folder, number, planned)
             if manifest is not None:
@@ -179,4 +183,4 @@ def _units(folder: Path, samples: int) -> Iterator[tuple[int, Manifest]]:
     if done != samples:
         raise ValueError(f"{folder} holds {done} of {samples} traces: {again}")
     for number in finished:
-        yield number, read_manifest(folder, number, plan["units"][number])
+        yield number, read_manifest(folder, number, indices[ends[number] : ends[number + 1]].tolist())
