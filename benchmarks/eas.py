@@ -124,7 +124,7 @@ def row(name: str, skipped: Sequence[int], whole: Mapping[str, Any], alone: Mapp
     return {
         "name": name,
         "skipped": list(skipped),
-        "accuracy": whole["accuracy"],
+        "accuracy": whole["score"],
         "agreement": whole["agreement"],
         "visual_layers_removed": whole["visual_layers_removed"],
         "times": times,
