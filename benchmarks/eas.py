@@ -19,8 +19,8 @@ import torch
 from shapes import record
 
 from dyvte import EAS, LearnedExit
-from dyvte.config import EASConfig, EASSettings
 from dyvte.data import load_samples, read_config
+from dyvte.eas_config import EASConfig, EASSettings
 from dyvte.evaluation.runner import evaluate
 from dyvte.loading import Mllm, load_heads, load_mllm
 from dyvte.methods.eas_adapters import EASAdapters
@@ -98,7 +98,9 @@ def judge(
         skipped |= {f"eas-{count}{form}": adapters.config.skipped for form in forms}
     samples = load_samples({"scenes": {"split": "test", "n": questions, "seed": 62}})
     asked = {"max_new_tokens": 8, "pictures": 0}
-    summary = evaluate(mllm.model, mllm.processor, samples, policies, work / "batches", batch_size=32, **asked)
+    summary = evaluate(
+        mllm.model, mllm.processor, samples, policies, work / "batches", batch_size=32, timing_batches=2, **asked
+    )
     alone = evaluate(
         mllm.model,
         mllm.processor,
@@ -122,7 +124,7 @@ def row(name: str, skipped: Sequence[int], whole: Mapping[str, Any], alone: Mapp
     return {
         "name": name,
         "skipped": list(skipped),
-        "accuracy": whole["accuracy"],
+        "accuracy": whole["score"],
         "agreement": whole["agreement"],
         "visual_layers_removed": whole["visual_layers_removed"],
         "times": times,

@@ -20,8 +20,8 @@ from torch import nn
 
 import dyvte
 from dyvte import EAS, reduce_tokens
-from dyvte.config import EASConfig, EASSettings
 from dyvte.data import load_samples
+from dyvte.eas_config import EASConfig, EASSettings
 from dyvte.loading import load_mllm
 from dyvte.methods.eas_adapters import EASAdapters, EASAdaptersConfig, random_adapters
 from dyvte.runtime.decoder import DecoderSpec

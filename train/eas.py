@@ -16,8 +16,8 @@ from pathlib import Path
 
 from dyvte.cli.arguments import read_arguments
 from dyvte.cli.faults import faults
-from dyvte.config import EASConfig
 from dyvte.data import load_samples, read_config
+from dyvte.eas_config import EASConfig
 from dyvte.loading import load_mllm
 from dyvte.ranks import Ranks
 from dyvte.tracking import Tracker

@@ -7,16 +7,17 @@ adapted in the same way. Beams of a prompt remember the same, so their reorderin
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import Cache
 
 from dyvte.runtime.adaptation import Adaptation, Memory, projections_behind
-from dyvte.runtime.attention import call_arguments
 from dyvte.runtime.compat import call_cache
 from dyvte.runtime.decoder import DecoderSpec
 from dyvte.runtime.edits import LayerEdit, attention_module
@@ -88,10 +89,11 @@ class Adaptations:
         block, running = self.spec.layers[layer], {}
         attention, norm = attention_module(block), block.post_attention_layernorm
         forward = getattr(attention, forward_name(attention))
+        names = tuple(inspect.signature(forward).parameters)
 
         @functools.wraps(forward)
         def no_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-            given = call_arguments(attention, args, kwargs)
+            given = dict(zip(names, args)) | kwargs
             states = given["hidden_states"]
             running.update(states=states, memory=self._memory(layer, method, states, given))
             return states.new_zeros(1).expand_as(states), None
@@ -108,9 +110,10 @@ class Adaptations:
     def _adapt(self, layer: int, method: Adaptation) -> None:
         block, running = self.spec.layers[layer], {}
         attention = attention_module(block)
+        names = tuple(inspect.signature(attention.forward).parameters)
 
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-            given = call_arguments(module, args, kwargs)
+            given = dict(zip(names, args)) | kwargs
             memory = self._memory(layer, method, given["hidden_states"], given)
             if method.folded:
                 running["memory"] = memory
@@ -124,8 +127,10 @@ class Adaptations:
     def _fold(self, block: nn.Module, skipped: bool, memory: Callable[[], Memory]) -> None:
         def projecting(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
             def projected(states: torch.Tensor) -> torch.Tensor:
-                folded = memory()
-                return torch.baddbmm(folded[f"{name}.bias"][:, None], states, folded[f"{name}.weight"].mT)
+                weight, bias = (memory()[f"{name}.{part}"] for part in ("weight", "bias"))
+                if len(states) == 1:
+                    return F.linear(states, weight[0], bias[0])
+                return torch.baddbmm(bias[:, None], states, weight.mT)
 
             return projected
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from dyvte.config import EASConfig, EASSettings
 from dyvte.data import Sample, fingerprint, read_config
+from dyvte.eas_config import EASConfig, EASSettings
 from dyvte.identity import model_fingerprint, processor_fingerprint
 from dyvte.loading import Mllm
 from dyvte.methods.eas import chosen_layers, sample_layers, skip_count, update_scores

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dyvte.config import EASSettings
 from dyvte.data import Sample, encode
+from dyvte.eas_config import EASSettings
 from dyvte.loading import Mllm
 from dyvte.methods.eas_adapters import EASAdapters
 from dyvte.methods.eas_edit import EAS
@@ -27,7 +27,7 @@ class Questions:
     """The batches of a training: samples in an order that follows from a seed, with the answers to be learned.
 
     Args:
-        answers: "dataset" or "dense", see :class:`dyvte.config.EASConfig`.
+        answers: "dataset" or "dense", see :class:`dyvte.eas_config.EASConfig`.
     """
 
     def __init__(
