@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test test-matrix test-sharded test-vllm test-serve test-lmms fuzz lint reproduce reference-mllm traces heads evaluation collect studies figures benchmarks clean
+.PHONY: help demo test test-matrix test-sharded test-vllm test-serve test-app test-lmms fuzz lint reproduce reference-mllm traces heads evaluation collect studies figures benchmarks clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -26,7 +26,7 @@ test: $(VENV)/installed      ## all tests
 # What the inference core and tracing are tested on, each version in an environment of its own.
 VERSIONS ?= 4.57.6 5.0.0 5.19.0 5.23.0 5.24.0
 CORE = withdrawal families decoding pruning fuzz tracing learned_exit sentinel_models bad_input heads original_gates \
-	engine outside methods_eas methods_folder methods_layers methods_selection
+	engine outside eas methods_eas methods_folder methods_layers methods_selection
 MATRIX_TESTS ?= $(CORE:%=tests/test_%.py)
 
 .matrix/%/installed: pyproject.toml constraints.txt
@@ -92,6 +92,11 @@ test-lmms: .matrix/lmms/installed  ## exits in lmms-eval, on scenes that it asks
 
 test-serve: .matrix/serve/installed  ## exits behind transformers' server, asked by OpenAI's client
 	$(<D)/bin/python -m pytest -q tests/test_serve.py
+
+# The system's chromium and chromium-driver open the pages; without them those tests are skipped.
+test-app: $(VENV)/installed  ## the page to ask on and the report's page, in a headless Chromium (installs gradio)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[app]' selenium
+	$(BIN)/python -m pytest -q tests/test_app.py tests/test_report.py tests/test_side_by_side.py
 
 reproduce: traces heads evaluation collect  ## from the shipped MLLM: traces, heads, evaluation, figures
 

@@ -12,6 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 PAGE = ROOT / "docs/results.md"
+PARTS = ("decoder", "token")  # of the times of EAS
 
 
 def read(name: str) -> dict[str, Any] | None:
@@ -236,6 +237,25 @@ def small_costs(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def eas(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for row in result["rows"]:
+        times = [f"{row['times'][b][what]:.2f}" if row["times"] else "1.00" for b in ("1", "32") for what in PARTS]
+        layers = ", ".join(map(str, row["skipped"])) or "–"
+        figures = [percent(row[name]) for name in ("accuracy", "agreement", "visual_layers_removed")]
+        rows.append([row["name"], layers, *figures, *times])
+    titles = ["", "attentions skipped", "accuracy", "as dense", "visual-token layers removed"]
+    titles += [f"{what}, batch {batch}" for batch in (1, 32) for what in ("prompt", "token")]
+    return [
+        "## Attentions replaced by adapters (EAS)",
+        "",
+        f"{result['questions']:,} scenes of another split; adapters of {result['settings']['steps']} steps. Times are "
+        "those of the decoder layers over a prompt and of each further token, over the dense model's measured beside "
+        "them. The exit is the reference heads', which know nothing of adapters: no promise holds for them together.",
+        *grid(titles, rows),
+    ]
+
+
 def runtimes(result: dict[str, Any]) -> list[str]:
     rows = [[name, ranged_ratio(row)] for name, row in result["this_over_other"].items()]
     rows += [[name, ranged_ratio(row)] for name, row in result["within"].items() if name.startswith("this")]
@@ -278,6 +298,7 @@ SECTIONS = {
     "stages": stages,
     "small_costs": small_costs,
     "runtimes": runtimes,
+    "eas": eas,
 }
 
 

@@ -10,18 +10,26 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from models import batch_of, tiny_llava
 from safetensors.torch import load_file
+from test_eas import adapters_for
 from test_launchers import LAUNCHERS, ROOT, SECONDS, needed
+from test_pruning import RAGGED, STEPS, generate
 from test_traces_on_disk import mllm  # noqa: F401 (a fixture)
+from torch import nn
 
+import dyvte
 from dyvte import EAS, reduce_tokens
 from dyvte.config import EASConfig, EASSettings
 from dyvte.data import load_samples
 from dyvte.loading import load_mllm
-from dyvte.methods.eas_adapters import EASAdapters
+from dyvte.methods.eas_adapters import EASAdapters, EASAdaptersConfig, random_adapters
+from dyvte.runtime.decoder import DecoderSpec
+from dyvte.training.agreement import dense_answers, keeps_answers
 from dyvte.training.eas import train_eas
 from dyvte.training.eas_learner import AdapterLearner
 from dyvte.training.parallel import Group
+from dyvte.training.promise import calibrate_method
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 SCENES = {"scenes": {"split": "train", "n": 40, "seed": 1}}
@@ -109,6 +117,36 @@ def test_on_a_lora_base(mllm, tmp_path):  # noqa: F811
         pass
     with pytest.raises(ValueError, match="trained on other weights"):
         reduce_tokens(load_mllm(config(tmp_path, mllm[2])).model, EAS(tmp_path / "adapters")).__enter__()
+
+
+def test_answers_have_no_say():
+    """One pass over prompts and answers agrees with decoding, so that adapters are trained as they are used."""
+    model, inputs = tiny_llava(), batch_of(*RAGGED)
+    ids, answer = dense_answers(model, inputs, STEPS)
+    for seed, spread in enumerate((0.0, 0.05, 0.3)):
+        adapters = adapters_for(model, [5])
+        for number, parameter in enumerate(adapters.parameters()):
+            nn.init.normal_(parameter, std=spread, generator=torch.Generator().manual_seed(100 * seed + number))
+        with reduce_tokens(model, EAS(adapters)):
+            own = generate(model, inputs)[:, -STEPS:]
+        same, _ = keeps_answers(model, EAS(adapters), inputs, ids, answer)
+        assert same.tolist() == (own == ids).all(1).tolist()
+
+
+def test_a_promise_chooses_among_checkpoints(mllm, tmp_path):  # noqa: F811
+    model, processor, _ = mllm
+    spec = DecoderSpec.of(model)
+    folders = [str(tmp_path / f"skip-{count}") for count in (0, 1)]
+    for count, folder in enumerate(folders):
+        layers = list(range(spec.num_layers))
+        shape = {"num_layers": spec.num_layers, "hidden_size": spec.config.hidden_size, "width": 4, "adapted_width": 4}
+        random_adapters(EASAdaptersConfig(**shape, skipped=layers[1 : 1 + count], adapted=layers), 0).save(folder)
+    asked = {"settings": [{"adapters": folder} for folder in folders], "alpha": 0.1, "progress": False}
+    promise = calibrate_method(model, processor, load_samples(SCENES), tmp_path, "eas", max_new_tokens=3, **asked)
+    assert promise.curve.risk[0] == 0 and promise.setting["eas.adapters"] in folders
+    method = dyvte.load(tmp_path)
+    with reduce_tokens(model, method):
+        assert method.method.skipped == (() if promise.chosen == 0 else (1,))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from families import FAMILIES
 from models import IMAGE_ID, batch_of, prompt, tiny_llama, tiny_llava
 
 from dyvte.data import load_samples
-from dyvte.evaluation.attention_shares import attention_shares
+from dyvte.evaluation.attention_shares import attention_map, attention_shares
 from dyvte.evaluation.inspection import inspect_model, state_similarity
 from dyvte.runtime.attention import find_attention
 from dyvte.runtime.locate import find_decoder
@@ -50,6 +50,23 @@ def test_shares_are_those_of_the_maps(attention, side):
     torch.testing.assert_close(found.share, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.share.sum(-1), torch.ones(4, 6, 2))
     assert found.tokens.tolist() == [[16, 3, 5], [16, 1, 9], [16, 6, 1], [32, 3, 4]]
+
+
+@pytest.mark.parametrize("layer", [1, 4, 6])
+def test_the_map_of_one_layer(layer):
+    inputs = batch_of(*RAGGED, side="left")
+    model = tiny_llava()
+    found = attention_map(model, inputs, layer)
+    with torch.no_grad():
+        weights = tiny_llava("eager")(**inputs, output_attentions=True, use_cache=False).attentions[layer - 1]
+    visual = inputs["input_ids"] == IMAGE_ID
+    for row, mask in enumerate(visual):
+        last = int(mask.nonzero().max())
+        expected = weights[row, :, last + 1 :].mean((0, 1))
+        torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=0)
+    for outside in (0, 7):
+        with pytest.raises(ValueError, match="outside 1 ... 6"):
+            attention_map(model, inputs, outside)
 
 
 # Norms on queries and keys, several rotations, windows, image blocks that attend both ways, a prefix.

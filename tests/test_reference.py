@@ -7,14 +7,16 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 import dyvte
-from dyvte.data import encode, load_samples
+from dyvte.data import Sample, encode, load_samples
 
 ROOT = Path(__file__).parents[1]
 MLLM, HEADS = ROOT / "checkpoints/reference-mllm", ROOT / "checkpoints/reference-heads"
@@ -26,8 +28,8 @@ def mllm():
     return model, AutoProcessor.from_pretrained(MLLM)
 
 
-def readme_code(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def code_of(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
 def test_the_mllm_is_a_real_one(mllm):
@@ -49,19 +51,50 @@ def test_its_report_passes_the_bar():
     assert min(report["by_kind"].values()) >= 0.85
 
 
-def test_the_use_shown_in_the_readme(monkeypatch):
+def test_the_use_shown_in_the_readme(mllm, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     names: dict = {}
+    exec(code_of("README.md")[0], names)
+    assert capsys.readouterr().out.split() == ["5", "green", "2"]  # as the picture shows
+    layers = [prompt.layers.tolist() for prompt in names["handle"].record]
+    assert layers == [[1], [2], [7]]
+    ask, text = names["image"], ("what is 2 plus 3 ?", "which colour is at row 1 column 1 ?", "how many 9 are there ?")
+    chats = [[{"role": "user", "content": [ask, {"type": "text", "text": one}]}] for one in text]
+    names["answer"](text=chats, batch_size=2, max_new_tokens=16)
+    assert [prompt.layers.tolist() for prompt in names["handle"].record[3:]] == [[1, 2], [7]]
+    model, processor = mllm
+    sample = Sample("one", [Image.open("docs/figures/scene.png")], names["question"], ["2"], [], "count")
+    with torch.no_grad(), dyvte.visual_exit(model, dyvte.load(HEADS)) as exits:
+        model(**encode(processor, [sample]))
+    assert exits.layers.tolist() == layers[-1]
+
+
+def test_the_use_shown_in_the_documents(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    exits, reductions = code_of("docs/usage.md")
     with torch.no_grad():
-        exec(readme_code("python")[0], names)
-        dense = names["model"].generate(**names["inputs"], max_new_tokens=16)
-    output, layers, samples = names["output"], names["exits"].layers, names["samples"]
-    width = min(dense.shape[1], output.shape[1])
-    assert (dense[:, :width] == output[:, :width]).all(1).float().mean() >= 0.9
-    assert layers.shape == (48,) and len(set(layers.tolist())) > 2 and layers.float().mean() < 7
-    answers = output[:, names["inputs"]["input_ids"].shape[1] :]
-    right = names["processor"].batch_decode(answers, skip_special_tokens=True)
-    assert sum(said.strip() == sample.answers[0] for said, sample in zip(right, samples)) >= 44
+        exec(exits, names)
+        answers = names["output"][:, names["inputs"]["input_ids"].shape[1] :]
+        said = names["processor"].batch_decode(answers, skip_special_tokens=True)
+        assert sum(a.strip() == sample.answers[0] for a, sample in zip(said, names["samples"])) >= 44
+        assert names["exits"].layers.shape == (48,) and len(set(names["exits"].layers.tolist())) > 2
+        exec(reductions, names)
+    handle, visual = names["handle"], names["model"].config.image_seq_length
+    assert handle.counts[:, 0].tolist() == [visual] * 2 + [visual // 2] * 4 + [0] * 4
+    assert handle.kept(2).sum() == (names["inputs"]["attention_mask"].sum() - 48 * visual // 2)
+
+
+def test_the_tour_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # matplotlib has no window to show
+        for cell in json.loads((ROOT / "docs/tour.ipynb").read_text())["cells"]:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), names)
+    assert names["agreement"].shape == (len(names["samples"]), 10) and names["agreement"][:, -1].eq(1).all()
+    assert names["saved"] > 0.3
 
 
 def test_the_heads_know_where_they_come_from(mllm):

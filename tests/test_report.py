@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from browser import check_quiet, chromium, needs_browser
 from PIL import Image
 from promises import promise_record
 
@@ -191,3 +192,18 @@ def test_bad_input_says_what_to_do(tmp_path):
     (run / "promise.json").write_text("{}")
     with pytest.raises(ValueError, match="promise.json: the promise has missing fields .*calibrate again"):
         report(run)
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "dark"), [(880, False), (390, False), (390, True)])
+def test_in_a_browser(tmp_path, width, dark):
+    run = write_run(tmp_path / "a-run-of-a-task-with-a-rather-long-name", POLICIES)
+    Promise.from_dict(promise_record()).write(run)
+    with chromium(width, dark) as driver:
+        driver.get(report(run).as_uri())
+        figures = driver.find_elements("css selector", "figure img")
+        scales = [figure.size["width"] / figure.get_property("naturalWidth") for figure in figures]
+        assert len(figures) == 7 and min(12 * scale for scale in scales) > 10  # pixels of text of nine points
+        channels = re.findall(r"\d+", driver.find_element("tag name", "body").value_of_css_property("background-color"))
+        assert (sum(map(int, channels[:3])) < 150) == dark
+        check_quiet(driver)

@@ -101,6 +101,17 @@ def test_a_question_without_an_image_never_leaves(client):
     assert ask(client, [{"role": "user", "content": "what is 2 plus 3 ?"}])[1] == told(10)
 
 
+def test_other_routes_serve_the_same_model_and_no_other(client, samples, expected):
+    import httpx
+
+    picture = message(samples[1])["content"][0]["image_url"]["url"]
+    asked = [{"type": "input_image", "image_url": picture}, {"type": "input_text", "text": samples[1].question}]
+    wanted = {"model": MLLM, "input": [{"role": "user", "content": asked}], "max_output_tokens": 8, "temperature": 0}
+    assert client.responses.create(**wanted, stream=False).output_text == expected[1][0]
+    loading = httpx.post(f"{str(client.base_url).removesuffix('v1/')}load_model", json={"model": "other/model"})
+    assert "this server has" in loading.text
+
+
 @pytest.mark.parametrize(
     "request_, fault",
     [

@@ -154,3 +154,31 @@ class BenchmarkConfig(Checked):
     include_path: str | None = None
     gen_kwargs: str | None = None
     launcher: str = "python -m lmms_eval"
+
+
+@dataclass(kw_only=True)
+class AppConfig(ModelConfig):
+    """Serve a page to ask about images: the answer with exits beside the dense one, on this machine.
+
+    Args:
+        model: folder or hub id of the MLLM; the reference one that came with dyvte if not given.
+        heads: folder or hub id of its exit heads; those of the reference MLLM if no model is given.
+        data: questions to begin with, a YAML file or a mapping, the first six of them; scenes if not given.
+        risk: share of answers that may change, to begin with; what the heads were made for if not given.
+        max_new_tokens: longest answer.
+        host: address to listen on. The page is for this machine alone, unless another is given, such as 0.0.0.0; it
+            asks nobody for a password.
+        port: port to listen on.
+        megabytes: largest file that is taken.
+        megapixels: largest image that is taken.
+    """
+
+    model: str | None = None  # type: ignore[assignment]
+    heads: str | None = None
+    data: str | dict[str, Any] | None = None
+    risk: OpenShare | None = None
+    max_new_tokens: Count = 16
+    host: str = "127.0.0.1"
+    port: Annotated[int, Range(least=1, most=65535)] = 7860
+    megabytes: Count = 10
+    megapixels: Count = 40

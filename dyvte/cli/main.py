@@ -21,6 +21,7 @@ COMMANDS = (
     "benchmark",
     "inspect",
     "report",
+    "app",
     "serve",
     "convert",
 )

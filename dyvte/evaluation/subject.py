@@ -81,12 +81,14 @@ class Subject:
 
     def token_counts(self, inputs: dict[str, Any]) -> tuple[list[int], list[int]]:
         """Text and visual tokens of every prompt."""
-        valid = inputs["attention_mask"].bool()
-        if self.visual_mask is not None:
-            visual = self.visual_mask(dict(inputs)).to(valid.device)
-        else:
-            visual = torch.isin(inputs["input_ids"], torch.tensor(self.visual_ids, device=valid.device))
+        valid, visual = inputs["attention_mask"].bool(), self.visual_tokens(inputs)
         return (valid & ~visual).sum(1).tolist(), (valid & visual).sum(1).tolist()
+
+    def visual_tokens(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """bool [batch, sequence], the visual tokens of every prompt; padding may be among them."""
+        if self.visual_mask is not None:
+            return self.visual_mask(dict(inputs)).to(inputs["attention_mask"].device)
+        return torch.isin(inputs["input_ids"], torch.tensor(self.visual_ids, device=inputs["input_ids"].device))
 
     @torch.no_grad()
     def generate(self, inputs: dict[str, Any], tokens: int, **options: Any) -> Any:

@@ -107,6 +107,7 @@ class PromptRecord:
         self._layers, self._batch = run.spec.num_layers, run.batch
         self.layers, self._counts = run.decisions.exits, run.counts
         self._visual, self._text = prompt.visual.sum(1), prompt.text.sum(1)
+        self._keyless = [layer for layer, kind in enumerate(run.spec.kinds) if kind.name == "tokenwise"]
         self._width = [max(tokens.width for _, tokens in groups) for groups in run.kept]
 
     @functools.cached_property
@@ -132,7 +133,9 @@ class PromptRecord:
     @functools.cached_property
     def cached(self) -> torch.Tensor:
         """long [L, batch], the tokens of each prompt that every layer's cache holds."""
-        return self.text + self.counts
+        cached = self.text + self.counts
+        cached[self._keyless] = 0
+        return cached
 
     @property
     def width(self) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dyvte.runtime.adaptation import Adaptation
 from dyvte.runtime.bypass import Bypass
 from dyvte.runtime.calls import VisualMask
 from dyvte.runtime.decoder import DecoderSpec, visual_tokens
@@ -99,7 +100,7 @@ def _check_pruning(pruning: Reduction, spec: DecoderSpec, labels: torch.Tensor |
     if labels is None:
         raise ValueError("a trace under a pruning needs the dense answer: give it with labels, see trace_batch")
     for part in pruning.parts():
-        if isinstance(part, (LayerEdit, Bypass)):
+        if isinstance(part, (LayerEdit, Bypass, Adaptation)):
             raise ValueError(
                 f"{type(part).__name__} changes what layers compute, which exits cannot be traced on top of: choose a "
                 "method that drops tokens, such as FastV"
