@@ -105,13 +105,13 @@ def test_dense_answers_are_those_of_the_base_itself(tasks, truth, tmp_path):
 
 
 def test_the_simple_form_of_a_base(tasks):
-    """Its prompts are others, which lmms-eval writes without the model's template."""
+    template = "chat_template=USER: {{ messages[0].content }} ASSISTANT:"
     simple = [
-        evaluate(arguments, tasks, ["scenes_b"], model=model, force_simple=True)
-        for model, arguments in (("dyvte", BASE), ("llava_hf", ITSELF))
+        evaluate(f"{arguments},{template}", tasks, ["scenes_b"], model=model, force_simple=True)
+        for model, arguments in (("dyvte", f"{EXITS},compare=true"), ("dyvte", BASE), ("llava_hf", ITSELF))
     ]
-    assert answers(simple[0], "scenes_b") == answers(simple[1], "scenes_b")
-    assert simple[0]["config"]["model_backend"].endswith("SimpleExits (simple)")
+    assert answers(simple[1], "scenes_b") == answers(simple[2], "scenes_b")
+    assert all(s["config"]["model_backend"] == "dyvte.integrations.lmms.SimpleExits (simple)" for s in simple[:2])
 
 
 def test_requests_are_as_they_were(tasks, truth, monkeypatch):
