@@ -15,4 +15,4 @@ def test_ten_times_the_traces_take_the_memory_of_an_index():
     state = 4 * fit_memory.LAYERS * fit_memory.SIZE  # bytes
     for name in ("loaded_mb", "loading_peak_mb", "fitting_peak_mb"):
         more = (many[name] - few[name]) * 2**20 / (many["traces"] - few["traces"])
-        assert more < state / 2, name  # digests, labels and where a trace lies: 0.4 to 0.6 kB, however wide the states
+        assert more < state / 2, name  # digests, labels, where a trace lies, an order: however wide the states

@@ -30,7 +30,7 @@ from dyvte.runtime.decoder import DecoderSpec
 from dyvte.training.eas_learner import AdapterLearner, Questions
 from dyvte.training.epochs import Log
 from dyvte.training.learner import key
-from dyvte.training.lock import one_run
+from dyvte.training.lock import one_run, run_name
 from dyvte.training.parallel import Group
 from dyvte.training.state import TrainingState
 
@@ -137,7 +137,7 @@ def _others(config: EASAdaptersConfig, skipped: Sequence[int]) -> list[int]:
 @contextmanager
 def _state(folder: Path, record: Mapping[str, Any], group: Group) -> Iterator[TrainingState]:
     with ExitStack() as stack:
-        run = group.run
+        run = run_name(group)
         with group.together():
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(one_run(folder, run))
