@@ -35,7 +35,7 @@ TABLE = "data.columns={image: image, question: question, answers: answer, id: id
 WORDS = [
     ("trian", "did you mean train?"),
     ("zzz", "there is no command 'zzz': choose from demo, trace"),
-    ("app port=99999", "port must be a whole number 1 or more and at most 65535"),
+    ("app port=99999", "port must be 1 or more and at most 65535, not 99999"),
     ("trace --verbose", "--verbose has no value"),
     ("trace -x", "'-x' is not key=value"),
     ("trace model=m oops", "'oops' is not key=value"),
