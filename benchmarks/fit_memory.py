@@ -10,6 +10,7 @@ owns (RssAnon); pages of mapped files come and go as the system pleases, and are
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -124,7 +125,8 @@ def measured(count: int) -> dict[str, Any]:
         write(Path(folder), count)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*.arrow"))
         command = [sys.executable, __file__, "--measure", folder]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        places = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=places).stdout)
     return {"traces": count, "disk_mb": size / 2**20} | found
 
 
