@@ -256,6 +256,35 @@ def eas(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def online(result: dict[str, Any]) -> list[str]:
+    offline = [found["log_loss"] for found in result["seeds"]["offline"]]
+    rows = [["offline", *(f"{loss:.4f}" for loss in offline), "–"]]
+    for name, gap in result["log_loss_above_offline"].items():
+        rows.append([name, *(f"{found['log_loss']:.4f}" for found in result["seeds"][name]), f"{gap:+.4f}"])
+    return [
+        "## Learning while tracing",
+        "",
+        f"Log loss on {result['held_out']:,} held-out scenes of heads trained on {result['train']:,}, from stored traces or "
+        "online, without any.",
+        *grid(["", *(f"seed {seed}" for seed in range(len(offline))), "mean above offline"], rows),
+    ]
+
+
+def fit_memory(result: dict[str, Any]) -> list[str]:
+    rows = [
+        [f"{row['traces']:,}", *(f"{row[name]:.0f} MB" for name in ("disk_mb", "loaded_mb", "fitting_peak_mb"))]
+        for row in result["runs"]
+    ]
+    return [
+        "## Memory of fitting",
+        "",
+        f"Synthetic traces of {result['layers']} layers, their states on the disk. What a process owns grows by "
+        f"{result['held_bytes_per_trace']:.0f} bytes a trace once they are loaded, {result['peak_bytes_per_trace']:.0f} at "
+        "the peak: labels, digests, places and orders.",
+        *grid(["traces", "on the disk", "loaded", "peak of fitting"], rows),
+    ]
+
+
 def runtimes(result: dict[str, Any]) -> list[str]:
     rows = [[name, ranged_ratio(row)] for name, row in result["this_over_other"].items()]
     rows += [[name, ranged_ratio(row)] for name, row in result["within"].items() if name.startswith("this")]
@@ -297,6 +326,8 @@ SECTIONS = {
     "prefill_gpu": prefill,
     "stages": stages,
     "small_costs": small_costs,
+    "online": online,
+    "fit_memory": fit_memory,
     "runtimes": runtimes,
     "eas": eas,
 }

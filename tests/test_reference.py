@@ -88,7 +88,7 @@ def test_the_use_shown_in_the_documents(monkeypatch):
 def test_the_tour_runs(monkeypatch):
     monkeypatch.chdir(ROOT)
     names: dict = {}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.enable_grad():  # what the tour switches off is on again after it
         warnings.simplefilter("ignore")  # matplotlib has no window to show
         for cell in json.loads((ROOT / "docs/tour.ipynb").read_text())["cells"]:
             if cell["cell_type"] == "code":
