@@ -264,8 +264,8 @@ def online(result: dict[str, Any]) -> list[str]:
     return [
         "## Learning while tracing",
         "",
-        f"Log loss on {result['held_out']:,} held-out scenes of heads trained on {result['train']:,}, from stored traces or "
-        "online, without any.",
+        f"Log loss on {result['held_out']:,} held-out scenes of heads trained on {result['train']:,}, from stored traces "
+        "or online, without any.",
         *grid(["", *(f"seed {seed}" for seed in range(len(offline))), "mean above offline"], rows),
     ]
 
@@ -279,8 +279,8 @@ def fit_memory(result: dict[str, Any]) -> list[str]:
         "## Memory of fitting",
         "",
         f"Synthetic traces of {result['layers']} layers, their states on the disk. What a process owns grows by "
-        f"{result['held_bytes_per_trace']:.0f} bytes a trace once they are loaded, {result['peak_bytes_per_trace']:.0f} at "
-        "the peak: labels, digests, places and orders.",
+        f"{result['held_bytes_per_trace']:.0f} bytes a trace once they are loaded, "
+        f"{result['peak_bytes_per_trace']:.0f} at the peak: labels, digests, places and orders.",
         *grid(["traces", "on the disk", "loaded", "peak of fitting"], rows),
     ]
 
