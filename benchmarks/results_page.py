@@ -264,8 +264,8 @@ def online(result: dict[str, Any]) -> list[str]:
     return [
         "## Learning while tracing",
         "",
-        f"Log loss on {result['held_out']:,} held-out scenes of heads trained on {result['train']:,}, from stored traces "
-        "or online, without any.",
+        f"Log loss on {result['held_out']:,} held-out scenes of heads trained on {result['train']:,}, from stored "
+        "traces or online, without any.",
         *grid(["", *(f"seed {seed}" for seed in range(len(offline))), "mean above offline"], rows),
     ]
 
