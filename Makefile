@@ -54,7 +54,7 @@ test-sharded: $(VENV)/installed  ## models over two ranks, ZeRO-3 among them (in
 	$(BIN)/pip install --quiet -c constraints.txt setuptools ninja
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation deepspeed
 	PATH=$(CURDIR)/$(BIN):$$PATH DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/.matrix/extensions \
-		$(BIN)/python -m pytest -q tests/test_sharded.py tests/test_sharded_fit.py tests/test_launchers.py
+		$(BIN)/python -m pytest -q tests/test_sharded.py tests/test_sharded_fit.py tests/test_launchers.py tests/test_lockstep.py tests/test_eas_training.py
 
 # vLLM for CPUs, which asks for a transformers of its own. The three equal signs leave out CPU-only builds of torch, to
 # which the package index has no torchvision.
