@@ -80,7 +80,8 @@ class TrainingState:
             digest = sha256_of(fresh)
         noted = {"record": self.record, "progress": dict(progress), "file": path.name, "sha256": digest}
         write_json(self.folder / STATE, noted)
-        for old in (*self.folder.glob("state-*.safetensors"), *self.folder.glob(".*-*-state*")):
+        left = (*self.folder.glob(".*-*-state*"), *self.folder.glob(".tmp??????"))  # ours and safetensors', when killed
+        for old in (*self.folder.glob("state-*.safetensors"), *left):
             if old != path:  # the state before, and what killed writers left
                 old.unlink(missing_ok=True)
 
