@@ -101,7 +101,7 @@ def test_the_auto_classes_load_it(script, repository, tmp_path, monkeypatch):
     run = [sys.executable, "-c", script.format(repository=repository, again=str(again))]
     subprocess.run(run, check=True, stdin=subprocess.DEVNULL, timeout=120)
     if script is LOADED_BY_ITS_OWN_CODE:  # and no source of the package was copied into what it saved
-        files = dyvte.heads.model.CODE_FILES
+        files = dyvte.heads.repository.CODE_FILES
         assert {path.relative_to(again).as_posix() for path in again.rglob("*.py")} == set(files)
 
 

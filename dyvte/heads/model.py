@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed
 
-from dyvte.heads.card import model_card
 from dyvte.heads.config import ExitHeadsConfig
 from dyvte.heads.guard import ALL_LAYERS, Guard
 from dyvte.heads.published import PublishedHead, read_gates
-from dyvte.heads.samples import FILE, Samples, read_samples, write_samples
+from dyvte.heads.repository import belongs, upload, write_beside
+from dyvte.heads.samples import Samples, read_samples
 from dyvte.heads.shared import SharedHead
-from dyvte.provenance import atomic_folder, atomic_write
+from dyvte.provenance import atomic_folder
 
 
 @contextmanager
@@ -37,15 +35,6 @@ def _without_zero3() -> Iterator[None]:
     finally:
         if alive is not None:
             deepspeed.set_hf_deepspeed_config(alive)
-
-
-CODE = Path(__file__).parent / "files"  # what a repository of heads holds beside them, so that it works in one line
-CODE_FILES = ("modeling_exit_heads.py", "custom_generate/generate.py")
-
-
-def _of_heads(name: str) -> bool:
-    known = ("config.json", "README.md", FILE, *(Path(file).parts[0] for file in CODE_FILES))
-    return name in known or fnmatch(name, "model*.safetensors*")
 
 
 class ExitHeads(PreTrainedModel):
@@ -208,14 +197,9 @@ class ExitHeads(PreTrainedModel):
         """
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
-        with atomic_folder(save_directory, _of_heads) as fresh:
+        with atomic_folder(save_directory, belongs) as fresh:
             super().save_pretrained(fresh, *args, **kwargs)
-            write_samples(fresh, self.trained_on)
-            card = model_card(self.config, sum(p.numel() for p in self.parameters()))
-            atomic_write(fresh / "README.md", card)
-            for file in CODE_FILES:
-                (fresh / file).parent.mkdir(exist_ok=True)
-                shutil.copyfile(CODE / file, fresh / file)
+            write_beside(fresh, self.config, sum(p.numel() for p in self.parameters()), self.trained_on)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -232,19 +216,9 @@ class ExitHeads(PreTrainedModel):
         create_pr: bool = False,
     ) -> str:
         """Uploads what :meth:`save_pretrained` writes, its model card included; returns the address of the commit."""
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message or "Upload exit heads",
-                revision=revision,
-                create_pr=create_pr,
-            )
+            return upload(folder, repo_id, commit_message, private, token, revision, create_pr)
 
     @classmethod
     def from_original(cls, state_dict: Mapping[str, torch.Tensor], **config: Any) -> ExitHeads:
