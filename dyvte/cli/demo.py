@@ -8,7 +8,7 @@ from pathlib import Path
 from dyvte.cli.arguments import read_arguments
 from dyvte.cli.configs import DemoConfig
 
-EXAMPLES = ("dyvte demo", "dyvte demo per_kind=8 output=/tmp/demo")
+EXAMPLES = ("dyvte demo", "dyvte demo per_kind=8 output=runs/small-demo")
 TITLES = ("kind", "dense right", "exit right", "agreement", "exit layer", "FLOPs removed", "prefill time")
 REFERENCE = Path(__file__).parents[1] / "reference"  # travels with the package
 

@@ -144,15 +144,7 @@ def calibrate(
             "promise: calibrate both with dyvte.training.together, or trace without the pruning"
         )
     shared = refuse_training_samples(heads, traces, shared_images)
-    source = traces.provenance
-    heads.check_fits(
-        traces.num_layers, traces.state.shape[-1] // 2, source.get("base_model"), weights=source.get("weights")
-    )
-    missing = set(heads.config.decided) - set(traces.exits)
-    if missing:
-        raise ValueError(
-            f"the heads decide exits {sorted(missing)}, which were not traced here: trace with the same exits"
-        )
+    check_traced(heads, traces)
     same = traces.agreement >= 1
     probability = probability_of(heads, traces)
     curve = risk_curve(probability, same, delta)
@@ -170,15 +162,36 @@ def calibrate(
         methods=["learned"],
         curve=shown,
         chosen=chosen,
-        base_model=source.get("base_model"),
-        identity={name: source[name] for name in IDENTITY} if all(name in source for name in IDENTITY) else None,
-        data=source.get("data"),
-        content=source.get("content"),
-        shared_images=shared,
         reliability=reliability(probability[:, columns], same[:, columns]),
+        **subject_of(traces, shared),
     )
     heads.config.threshold, heads.config.calibration = promise.setting["learned.threshold"], promise.as_dict()
     return curve
+
+
+def check_traced(heads: ExitHeads, traces: TraceSet) -> None:
+    """Raises ``ValueError`` if traces are of another model than the heads, or lack exits that the heads decide."""
+    source = traces.provenance
+    heads.check_fits(
+        traces.num_layers, traces.state.shape[-1] // 2, source.get("base_model"), weights=source.get("weights")
+    )
+    missing = set(heads.config.decided) - set(traces.exits)
+    if missing:
+        raise ValueError(
+            f"the heads decide exits {sorted(missing)}, which were not traced here: trace with the same exits"
+        )
+
+
+def subject_of(traces: TraceSet, shared_images: int | None) -> dict[str, Any]:
+    """What a promise that was calibrated on traces is true of, as fields of :class:`dyvte.Promise`."""
+    source = traces.provenance
+    return {
+        "base_model": source.get("base_model"),
+        "identity": {name: source[name] for name in IDENTITY} if all(name in source for name in IDENTITY) else None,
+        "data": source.get("data"),
+        "content": source.get("content"),
+        "shared_images": shared_images,
+    }
 
 
 def check_enough(samples: int, alpha: float, delta: float) -> None:

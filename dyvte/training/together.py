@@ -22,10 +22,12 @@ from dyvte.promise import IDENTITY, Curve, Promise, boldest_safe
 from dyvte.provenance import atomic_write
 from dyvte.training.calibrate import (
     check_enough,
+    check_traced,
     clopper_pearson,
     disagreement,
     exits_at,
     refuse_training_samples,
+    subject_of,
     threshold_grid,
 )
 from dyvte.training.fit import probability_of
@@ -144,16 +146,14 @@ def calibrate_together(
     """
     prunings = prunings_of(traces)
     check_enough(len(traces[0]), alpha, delta)
-    source = traces[0].provenance
     shared = refuse_training_samples(heads, traces[0], shared_images)
     if path.declared_on is not None and traces[0].content is not None:
         try:
             check_held_out(path.declared_on, traces[0].content, shared_images)
         except ValueError as error:
             raise ValueError(f"the samples that declared the path count as training here: {error}") from None
-    heads.check_fits(
-        traces[0].num_layers, traces[0].state.shape[-1] // 2, source.get("base_model"), weights=source.get("weights")
-    )
+    for some in traces:
+        check_traced(heads, some)
     n, settings = len(traces[0]), list(path.settings)
     risk, saved = [0.0] * len(settings), [0.0] * len(settings)
     missing = [setting for setting in settings if pruning_of(setting) not in prunings]
@@ -181,12 +181,8 @@ def calibrate_together(
         methods=list(methods_of(settings[0])),
         curve=Curve({name: [setting[name] for setting in settings] for name in settings[0]}, risk, bound, saved),
         chosen=chosen,
-        base_model=source.get("base_model"),
-        identity={name: source[name] for name in IDENTITY} if all(name in source for name in IDENTITY) else None,
-        data=source.get("data"),
-        content=source.get("content"),
-        shared_images=shared,
         reliability=None,
+        **subject_of(traces[0], shared),
     )
 
 
