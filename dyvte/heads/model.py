@@ -117,9 +117,7 @@ class ExitHeads(PreTrainedModel):
 
     def usual_images(self, visual: torch.Tensor) -> torch.Tensor | None:
         """Which mean visual tokens [n, hidden_size] are like those of training: bool [n]; None: no guard."""
-        if self.guard is None:
-            return None
-        return ~self.guard.unusual_image(visual.float())
+        return None if self.guard is None else ~self.guard.unusual_image(visual.float())
 
     def check_fits(
         self, num_layers: int, hidden_size: int, name_or_path: str | None = None, weights: str | None = None
